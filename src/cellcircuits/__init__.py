@@ -1,0 +1,1 @@
+"""Library shared by the experiments: cells in, edited residual streams through, effects and edges out."""

@@ -1,0 +1,83 @@
+"""Feature catalog and labels: which features exist, how often they fire, what they are called."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cellcircuits.errors import UserError
+from cellcircuits.jsonio import read_json
+
+UNANNOTATED = "unannotated"
+PREFERRED_ONTOLOGIES = ("GO_BP", "KEGG", "Reactome")
+
+
+@dataclass(frozen=True)
+class FeatureInfo:
+    """One feature of the catalog; `activation_freq` is its share of token positions, 0 to 1."""
+
+    index: int
+    activation_freq: float
+    label: str
+    top_genes: tuple[str, ...]
+
+
+def load_catalog(path: Path, annotations_path: Path | None, n_features: int) -> dict[int, FeatureInfo]:
+    """Read `feature_catalog.json` and, where there is one, `feature_annotations.json`.
+
+    Args:
+        path: the catalog.
+        annotations_path: the labels; None leaves every feature `unannotated`.
+        n_features: latents of the SAE that the catalog describes.
+
+    Returns:
+        {feature index: FeatureInfo} in ascending order.
+
+    Raises:
+        UserError: a file is damaged, lacks a key, or speaks of a feature that the SAE does not have.
+    """
+    content = read_json(path)
+    annotations = read_annotations(annotations_path) if annotations_path else {}
+    try:
+        features = [_feature_info(entry, annotations) for entry in content["features"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a feature catalog ({type(error).__name__}: {error}).") from None
+    for feature in features:
+        if not 0 <= feature.index < n_features:
+            raise UserError(f"{path}: names feature {feature.index}, but the SAE has features 0 to {n_features - 1}.")
+    catalog = {feature.index: feature for feature in sorted(features, key=lambda feature: feature.index)}
+    if len(catalog) != len(features):
+        raise UserError(f"{path}: lists a feature_idx twice; make the catalog again with prepare_inputs.py.")
+    return catalog
+
+
+def read_annotations(path: Path) -> Mapping[str, list[dict[str, Any]]]:
+    """Read `{"feature_annotations": {"<idx>": [{"ontology", "term", ...}]}}`.
+
+    Raises:
+        UserError: the file is damaged or of another form.
+    """
+    content = read_json(path)
+    annotations = content.get("feature_annotations") if isinstance(content, dict) else None
+    if not isinstance(annotations, dict):
+        raise UserError(f"{path}: has no `feature_annotations` table.")
+    for index, entries in annotations.items():
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) and "term" in entry for entry in entries):
+            raise UserError(f"{path}: feature {index} needs a list of entries that each have a `term`.")
+    return annotations
+
+
+def label_of(entries: list[dict[str, Any]]) -> str:
+    """The term of the first GO_BP, KEGG or Reactome entry, else of the first entry, else `unannotated`."""
+    for entry in entries:
+        if entry.get("ontology") in PREFERRED_ONTOLOGIES:
+            return str(entry["term"])
+    return str(entries[0]["term"]) if entries else UNANNOTATED
+
+
+def _feature_info(entry: Mapping[str, Any], annotations: Mapping[str, list[dict[str, Any]]]) -> FeatureInfo:
+    index, frequency = int(entry["feature_idx"]), float(entry["activation_freq"])
+    if not 0.0 <= frequency <= 1.0:
+        raise ValueError(f"feature {index} has activation_freq {frequency}, expected a share from 0 to 1")
+    genes = tuple(str(gene.get("gene_name", gene.get("gene_id"))) for gene in entry.get("top_genes", ()))
+    return FeatureInfo(index, frequency, label_of(annotations.get(str(index), [])), genes)

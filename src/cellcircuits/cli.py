@@ -1,0 +1,252 @@
+"""Command-line parts that the scripts share: flags, their environment variables, errors, logging."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from cellcircuits.cells import CellSelection
+from cellcircuits.errors import UserError
+
+DEFAULT_MODEL = "ctheodoris/Geneformer"
+DEFAULT_SUBFOLDER = "Geneformer-V2-316M"
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def layer_list(text: str) -> tuple[int, ...]:
+    """Parse `6,11,17` into ascending distinct block indices.
+
+    Raises:
+        argparse.ArgumentTypeError: something else than non-negative integers.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 6,11,17")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def natural(text: str) -> int:
+    """Parse an integer of at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: something else.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    """Parse a number from 0 to 1.
+
+    Raises:
+        argparse.ArgumentTypeError: something else.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def column_filter(text: str) -> tuple[str, str]:
+    """Parse `COLUMN=VALUE`.
+
+    Raises:
+        argparse.ArgumentTypeError: something else.
+    """
+    column, equals, value = text.partition("=")
+    if not equals or not column:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form COLUMN=VALUE")
+    return column, value
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add `--model`, its companions, `--dicts`, `--data-root` and `--device`."""
+    group = parser.add_argument_group("model and SAEs")
+    group.add_argument(
+        "--model",
+        default=None,
+        metavar="NAME_OR_FOLDER",
+        help=f"Geneformer: a hub name or a folder with config.json (default: {DEFAULT_MODEL}, "
+        f"subfolder {DEFAULT_SUBFOLDER})",
+    )
+    group.add_argument("--model-subfolder", default=None, help="folder of the model inside --model")
+    group.add_argument("--model-revision", default=None, help="hub revision (branch, tag or commit); recorded")
+    group.add_argument(
+        "--dicts",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="Geneformer's gene dictionaries (token_dictionary*.pkl and its two partners); default: "
+        "with the model, or geneformer/ of the hub repository",
+    )
+    group.add_argument(
+        "--data-root",
+        type=Path,
+        default=_from_environment("SAE_DATA_ROOT"),
+        metavar="FOLDER",
+        help="folder that holds sae_models/ (environment: SAE_DATA_ROOT)",
+    )
+    group.add_argument(
+        "--device",
+        choices=("auto", "cuda", "mps", "cpu"),
+        default="auto",
+        help="where to compute; auto takes cuda, then mps, then cpu (default: auto)",
+    )
+
+
+def add_cell_flags(parser: argparse.ArgumentParser, defaults: CellSelection) -> None:
+    """Add `--data-path` and the flags that choose and tokenize cells."""
+    group = parser.add_argument_group("cells")
+    add = group.add_argument
+    add(
+        "--data-path",
+        type=Path,
+        default=_from_environment("SAE_DATA_PATH"),
+        metavar="H5AD",
+        help="cells with raw counts (environment: SAE_DATA_PATH)",
+    )
+    add("--n-cells", type=natural, default=defaults.n_cells, help="cells to use (default: %(default)s)")
+    add(
+        "--cells",
+        choices=("controls", "all"),
+        default=defaults.cells,
+        help="controls: rows whose control column says so; all: every row (default: %(default)s)",
+    )
+    add(
+        "--control-column",
+        default=defaults.control_column,
+        metavar="COLUMN",
+        help="obs column that names the perturbed gene (default: %(default)s)",
+    )
+    add(
+        "--control-values",
+        default=",".join(defaults.control_values),
+        metavar="A,B",
+        help="values of it that mean control (default: %(default)s)",
+    )
+    add(
+        "--obs-filter",
+        type=column_filter,
+        action="append",
+        default=[],
+        metavar="COLUMN=VALUE",
+        help="keep only cells with this obs value; repeatable",
+    )
+    add(
+        "--cell-line",
+        default=None,
+        metavar="NAME",
+        help="short for --obs-filter cell_line=NAME; the Replogle file mixes four lines, the published run "
+        "did not filter",
+    )
+    add(
+        "--counts",
+        default=defaults.counts,
+        metavar="{auto,X,raw,layer:NAME}",
+        help="matrix with raw counts; auto finds the integer one (default: %(default)s)",
+    )
+    add(
+        "--gene-column",
+        default=defaults.gene_column,
+        metavar="{auto,index,COLUMN}",
+        help="var column with Ensembl ids or symbols; auto takes the one that maps most counts (default: %(default)s)",
+    )
+    add(
+        "--tokenization",
+        choices=("published", "geneformer"),
+        default=defaults.tokenization,
+        help="published: log1p before the gene medians, as the study did; geneformer: without, as the model was "
+        "trained (default: %(default)s)",
+    )
+    add(
+        "--max-tokens",
+        type=natural,
+        default=defaults.max_tokens,
+        help="tokens per cell, special ones included, never over the model's positions (default: %(default)s)",
+    )
+    add(
+        "--min-mapped",
+        type=fraction,
+        default=defaults.min_mapped,
+        metavar="SHARE",
+        help="refuse the file when a smaller share of its counts maps to genes (default: %(default)s)",
+    )
+    add(
+        "--min-median-tokens",
+        type=natural,
+        default=defaults.min_median_tokens,
+        metavar="N",
+        help="refuse the file when the median cell has fewer gene tokens (default: %(default)s)",
+    )
+    add("--seed", type=int, default=defaults.seed, help="seed of the draw of cells (default: %(default)s)")
+
+
+def selection_from(args: argparse.Namespace) -> CellSelection:
+    """The cell settings that the flags of `add_cell_flags` ask for."""
+    filters = [*args.obs_filter, *([("cell_line", args.cell_line)] if args.cell_line else [])]
+    return CellSelection(
+        cells=args.cells,
+        control_column=args.control_column,
+        control_values=tuple(value.strip() for value in args.control_values.split(",")),
+        obs_filters=tuple(filters),
+        n_cells=args.n_cells,
+        seed=args.seed,
+        counts=args.counts,
+        gene_column=args.gene_column,
+        tokenization=args.tokenization,
+        max_tokens=args.max_tokens,
+        min_mapped=args.min_mapped,
+        min_median_tokens=args.min_median_tokens,
+    )
+
+
+def model_source(args: argparse.Namespace) -> tuple[str, str | None]:
+    """Model and subfolder to load: the default subfolder goes with the default model only."""
+    if args.model is None:
+        return DEFAULT_MODEL, args.model_subfolder or DEFAULT_SUBFOLDER
+    return args.model, args.model_subfolder
+
+
+def require_path(path: Path | None, flag: str, variable: str, *, folder: bool) -> Path:
+    """Return `path` if it was given and exists.
+
+    Raises:
+        UserError: it was not given, or nothing of that kind is there.
+    """
+    kind = "folder" if folder else "file"
+    if path is None:
+        raise UserError(f"{flag} is missing: name the {kind} with {flag} or in the environment variable {variable}.")
+    if not (path.is_dir() if folder else path.is_file()):
+        raise UserError(f"{flag} {path}: no such {kind}.")
+    return path
+
+
+def run_script(main: Callable[[], int], go_on: str) -> int:
+    """Run a script's body; a user's mistake ends in one sentence and status 2, Ctrl-C in status 130.
+
+    Args:
+        main: does the work and returns the exit status.
+        go_on: what to tell someone who pressed Ctrl-C.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        return main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {go_on}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _from_environment(variable: str) -> Path | None:
+    value = os.environ.get(variable)
+    return Path(value) if value else None

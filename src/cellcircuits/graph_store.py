@@ -1,0 +1,201 @@
+"""Edges on disk: one Parquet shard per block of features, and the tables made from all shards.
+
+A shard holds ALL significant edges of its features and, as file metadata, the facts of each feature; it
+is whole or absent. Per-feature JSON, `edges.parquet` and the degrees in `features.parquet` are pure
+functions of the shards.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cellcircuits.catalog import FeatureInfo
+from cellcircuits.errors import UserError
+from cellcircuits.jsonio import write_atomically
+from cellcircuits.results import feature_record
+
+log = logging.getLogger(__name__)
+BLOCK_SIZE = 16
+
+EDGE_SCHEMA = pa.schema(
+    {
+        "source_layer": pa.int16(),
+        "source": pa.int32(),
+        "target_layer": pa.int16(),
+        "target": pa.int32(),
+        "mean_delta": pa.float64(),
+        "cohens_d": pa.float64(),
+        "consistency": pa.float64(),
+        "n_cells": pa.int32(),
+    }
+)
+FEATURE_SCHEMA = pa.schema(
+    {
+        "layer": pa.int16(),
+        "feature": pa.int32(),
+        "label": pa.string(),
+        "activation_freq": pa.float64(),
+        "is_traced": pa.bool_(),
+        "n_cells_active": pa.int32(),
+        "n_edges": pa.int32(),
+        "top_genes": pa.list_(pa.string()),
+    }
+)
+_FACTS_KEY = b"features"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Features of one block: `facts` by feature index, `edges` with EDGE_SCHEMA sorted by source and target."""
+
+    facts: Mapping[int, Mapping[str, Any]]
+    edges: pa.Table
+
+    def merged(self, other: "Shard") -> "Shard":
+        """Both shards' features; they have none in common."""
+        edges = pa.concat_tables([self.edges, other.edges])
+        order = [(name, "ascending") for name in ("source", "target_layer", "target")]
+        return Shard(dict(sorted({**self.facts, **other.facts}.items())), edges.sort_by(order))
+
+    def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(feature index, its JSON record) of every feature."""
+        for feature, facts in self.facts.items():
+            yield feature, feature_record(facts, _edges_by_layer(self.edges, feature))
+
+
+def block_of(feature: int) -> int:
+    """First feature index of the block that `feature` belongs to; boundaries depend on nothing else."""
+    return feature - feature % BLOCK_SIZE
+
+
+def shard_path(out_dir: Path, block: int) -> Path:
+    """Where the shard of the block that starts at feature `block` lies."""
+    return out_dir / "blocks" / f"block_{block:05d}.parquet"
+
+
+def write_shard(path: Path, shard: Shard) -> None:
+    """Write a shard, whole or not at all."""
+    facts = json.dumps(list(shard.facts.values()), allow_nan=False).encode()
+    table = shard.edges.replace_schema_metadata({_FACTS_KEY: facts})
+    write_atomically(path, lambda stream: pq.write_table(table, stream))
+
+
+def read_shard(path: Path, fingerprint: str) -> Shard | None:
+    """Read a shard of this run; None where there is none, or it is damaged or of another run (said in the log)."""
+    if not path.exists():
+        return None
+    try:
+        table = pq.read_table(path, partitioning=None)
+        facts = {entry["feature_idx"]: entry for entry in json.loads(table.schema.metadata[_FACTS_KEY])}
+        edges = table.replace_schema_metadata(None)
+        if not edges.schema.equals(EDGE_SCHEMA):
+            raise ValueError("other columns")
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s is damaged (%s): its features do not count and are traced again.", path, type(error).__name__)
+        return None
+    if any(entry.get("fingerprint") != fingerprint for entry in facts.values()):
+        log.warning("%s belongs to a run with other settings: its features do not count.", path)
+        return None
+    return Shard(facts, edges)
+
+
+def all_shards(out_dir: Path, fingerprint: str) -> Iterator[Shard]:
+    """Every valid shard of the folder in ascending feature order, one at a time."""
+    for path in sorted((out_dir / "blocks").glob("block_*.parquet")):
+        shard = read_shard(path, fingerprint)
+        if shard is not None:
+            yield shard
+
+
+def write_edges(out_dir: Path, fingerprint: str) -> tuple[list[dict[str, Any]], dict[int, int]]:
+    """Make `edges.parquet` from the shards.
+
+    Returns:
+        The facts of every traced feature with `n_edges` added, in ascending feature order, and the number
+        of edges per target layer.
+    """
+    features: list[dict[str, Any]] = []
+    per_layer: dict[int, int] = {}
+
+    def write(stream: Any) -> None:
+        with pq.ParquetWriter(stream, EDGE_SCHEMA) as writer:
+            for shard in all_shards(out_dir, fingerprint):
+                writer.write_table(shard.edges)
+                degrees = _counts(shard.edges["source"])
+                features.extend({**facts, "n_edges": degrees.get(i, 0)} for i, facts in shard.facts.items())
+                for layer, count in _counts(shard.edges["target_layer"]).items():
+                    per_layer[layer] = per_layer.get(layer, 0) + count
+
+    write_atomically(out_dir / "edges.parquet", write)
+    return features, per_layer
+
+
+def write_features(out_dir: Path, catalogs: Mapping[int, Iterable[FeatureInfo]]) -> None:
+    """Make `features.parquet`: one row per catalog feature of the source and target layers, degrees still empty."""
+    rows = [
+        {
+            "layer": layer,
+            "feature": info.index,
+            "label": info.label,
+            "activation_freq": info.activation_freq,
+            "is_traced": False,
+            "n_cells_active": None,
+            "n_edges": None,
+            "top_genes": list(info.top_genes),
+        }
+        for layer, catalog in sorted(catalogs.items())
+        for info in catalog
+    ]
+    _write_table(out_dir / "features.parquet", pa.Table.from_pylist(rows, schema=FEATURE_SCHEMA))
+
+
+def fill_degrees(out_dir: Path, source_layer: int, features: Sequence[Mapping[str, Any]]) -> None:
+    """Enter active cells and out-degree of every traced feature into `features.parquet`."""
+    traced = {(source_layer, facts["feature_idx"]): facts for facts in features}
+    rows = read_table(out_dir / "features.parquet").to_pylist()
+    for row in rows:
+        facts = traced.get((row["layer"], row["feature"]))
+        row["is_traced"] = facts is not None
+        row["n_cells_active"] = facts["n_cells_active"] if facts else None
+        row["n_edges"] = facts["n_edges"] if facts else None
+    _write_table(out_dir / "features.parquet", pa.Table.from_pylist(rows, schema=FEATURE_SCHEMA))
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read a Parquet table of a run.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return pq.read_table(path, partitioning=None)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run exhaustive_feature_tracing.py into this folder first.") from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path}: not a readable Parquet file ({type(error).__name__}); run the tracing script again, it mends it."
+        ) from None
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    write_atomically(path, lambda stream: pq.write_table(table, stream))
+
+
+def _counts(column: pa.ChunkedArray) -> dict[int, int]:
+    return {entry["values"]: entry["counts"] for entry in pc.value_counts(column).to_pylist()}
+
+
+def _edges_by_layer(edges: pa.Table, feature: int) -> dict[int, list[tuple[int, float, float]]]:
+    of_feature = edges.filter(pc.equal(edges["source"], feature))
+    by_layer: dict[int, list[tuple[int, float, float]]] = {}
+    columns = (of_feature[name].to_pylist() for name in ("target_layer", "target", "cohens_d", "consistency"))
+    for layer, target, d, consistency in zip(*columns, strict=True):
+        by_layer.setdefault(layer, []).append((target, d, consistency))
+    return by_layer

@@ -1,0 +1,147 @@
+"""Open and check everything an experiment reads: model, dictionaries, cells, SAEs, catalogs."""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from cellcircuits import cli, sae_store
+from cellcircuits.catalog import FeatureInfo, load_catalog
+from cellcircuits.cells import CellSet, load_cells
+from cellcircuits.device import choose_device, describe_device
+from cellcircuits.errors import UserError
+from cellcircuits.geneformer import LoadedModel, dictionary_folders, load_model, n_positions
+from cellcircuits.vocabulary import GeneVocabulary, load_vocabulary
+from sae_model import TopKSAE
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelAndCells:
+    """A Geneformer on its device, its gene vocabulary, and the cells to run."""
+
+    loaded: LoadedModel
+    vocabulary: GeneVocabulary
+    cells: CellSet
+    device: torch.device
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the numbers come from, for the record."""
+        return {
+            "model": {
+                "source": self.loaded.source,
+                "subfolder": self.loaded.subfolder,
+                "revision": self.loaded.revision,
+            },
+            "cells": self.cells.report,
+            "device": describe_device(self.device),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__},
+        }
+
+
+@dataclass(frozen=True)
+class LayerSAE:
+    """The SAE of one layer with its files and, where there is one, its catalog."""
+
+    files: sae_store.SAEFiles
+    sae: TopKSAE
+    catalog: dict[int, FeatureInfo] | None
+
+
+def open_model(args: argparse.Namespace) -> LoadedModel:
+    """Load the model that the flags name and move it to its device.
+
+    Raises:
+        UserError: see `load_model` and `choose_device`.
+    """
+    device = choose_device(args.device)
+    source, subfolder = cli.model_source(args)
+    loaded = load_model(source, subfolder, args.model_revision)
+    loaded.model.to(device)
+    log.info(
+        "Model %s: %d blocks, d_model %d, %d positions, on %s",
+        source,
+        loaded.model.config.num_hidden_layers,
+        loaded.model.config.hidden_size,
+        n_positions(loaded.model),
+        describe_device(device),
+    )
+    return loaded
+
+
+def open_cells(args: argparse.Namespace, loaded: LoadedModel) -> ModelAndCells:
+    """Read the dictionaries and the cells that the flags name, for a loaded model.
+
+    Raises:
+        UserError: see `load_vocabulary` and `load_cells`.
+    """
+    data_path = cli.require_path(args.data_path, "--data-path", "SAE_DATA_PATH", folder=False)
+    folders = [args.dicts] if args.dicts else dictionary_folders(loaded)
+    vocabulary = load_vocabulary(folders, loaded.model.config.vocab_size)
+    cells = load_cells(data_path, vocabulary, cli.selection_from(args), n_positions(loaded.model))
+    lengths = [len(cell.tokens) for cell in cells.cells]
+    log.info("Cells %s: %d, %d tokens in all (median %d)", data_path, len(lengths), sum(lengths), np.median(lengths))
+    for note in cells.report.get("notes", ()):
+        log.warning("Note: %s", note)
+    return ModelAndCells(loaded, vocabulary, cells, loaded.model.device)
+
+
+def check_layers(n_layers: int, source: int, targets: Sequence[int]) -> None:
+    """Check that the source has a block after it and that every target is one of those.
+
+    Raises:
+        UserError: with a set of layers that this model has.
+    """
+    try_these = "" if n_layers < 2 else f"; try {_suggested_layers(n_layers, source)}"
+    has = f"this model has {n_layers} blocks, 0 to {n_layers - 1}"
+    if source >= n_layers:
+        raise UserError(f"--source-layer {source}: {has}{try_these}.")
+    if source == n_layers - 1:
+        raise UserError(
+            f"--source-layer {source}: it is the last block, so nothing lies downstream ({has}){try_these}."
+        )
+    for target in targets:
+        if target >= n_layers:
+            raise UserError(f"--downstream-layers {target}: {has}{try_these}.")
+        if target <= source:
+            raise UserError(f"--downstream-layers {target}: not after the source layer {source}{try_these}.")
+
+
+def _suggested_layers(n_layers: int, source: int) -> str:
+    """The published choice (5 -> 6, 11, 17 of 18) at this depth, keeping the source where it can stay."""
+    last = n_layers - 1
+    flags = ""
+    if source >= last:
+        source = last * 5 // 17
+        flags = f"--source-layer {source} "
+    targets = sorted({source + 1, (source + 1 + last) // 2, last})
+    return f"{flags}--downstream-layers {','.join(map(str, targets))}"
+
+
+def open_saes(data_root: Path, layers: Sequence[int], run_name: str | None, loaded: LoadedModel) -> dict[int, LayerSAE]:
+    """Load the SAE of each layer onto the model's device.
+
+    Raises:
+        UserError: one is missing, damaged or not of the model's width.
+    """
+    d_model = loaded.model.config.hidden_size
+    opened = {}
+    for layer in layers:
+        files = sae_store.find_sae(data_root, layer, run_name)
+        sae = sae_store.open_sae(files)
+        if sae.d_model != d_model:
+            raise UserError(
+                f"{files.checkpoint}: the SAE reads a stream of width {sae.d_model}, but the model's is {d_model}; "
+                "take the SAE trained on this model."
+            )
+        annotations = files.annotations if files.annotations.is_file() else None
+        catalog = load_catalog(files.catalog, annotations, sae.n_features) if files.catalog.is_file() else None
+        opened[layer] = LayerSAE(files, sae.to(loaded.model.device), catalog)
+    return opened

@@ -1,0 +1,201 @@
+"""The output folder as a run sees it: manifest, per-feature records, summary. Standard library only.
+
+A folder belongs to one set of numbers. `manifest.json` keeps what determines them (`settings`, compared on
+every start) and where they came from (`provenance`, kept for the reader).
+"""
+
+import hashlib
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cellcircuits.errors import UserError
+from cellcircuits.jsonio import read_json, write_json
+
+SCHEMA_VERSION = 1
+N_TOP_EFFECTS = 50
+N_HUBS = 20
+DEGREE_BINS = (0, 1, 10, 50, 100, 500, 1000, 5000, 10000)
+MANIFEST = "manifest.json"
+
+
+def claim_folder(out_dir: Path, settings: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
+    """Make `out_dir` this run's folder, or check that it already is.
+
+    Args:
+        out_dir: output folder, created where missing.
+        settings: everything that determines the numbers, as plain JSON values.
+        provenance: where they come from; recorded once, not compared.
+
+    Returns:
+        The fingerprint of the settings, which every result carries.
+
+    Raises:
+        UserError: the folder holds a run with other settings, or something that is no run.
+    """
+    path = out_dir / MANIFEST
+    current = json.loads(json.dumps(settings, allow_nan=False))
+    if path.exists():
+        kept = read_json(path)
+        if not isinstance(kept, dict) or not isinstance(kept.get("settings"), dict):
+            raise UserError(f"{path}: is not the manifest of a run; choose another --out-dir.")
+        differences = list(_differences(kept["settings"], current))
+        if differences:
+            raise UserError(
+                f"{out_dir}: holds a run with other settings ({'; '.join(differences)}); choose another --out-dir, or "
+                "run with those settings to go on there."
+            )
+    else:
+        write_json(path, {"schema_version": SCHEMA_VERSION, "settings": current, "provenance": provenance})
+    return settings_fingerprint(current)
+
+
+def settings_fingerprint(settings: Mapping[str, Any]) -> str:
+    """SHA-256 over the settings, independent of the order of their keys."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def open_folder(out_dir: Path) -> dict[str, Any]:
+    """The manifest of a folder that already holds a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = out_dir / MANIFEST
+    if not path.is_file():
+        raise UserError(
+            f"{out_dir}: holds no run (no {MANIFEST}); run without --analysis-only first, or fix --out-dir."
+        )
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("settings"), dict):
+        raise UserError(f"{path}: is not the manifest of a run; choose another --out-dir.")
+    return manifest
+
+
+def feature_path(out_dir: Path, feature: int) -> Path:
+    """`feature_0042.json` of one source feature."""
+    return out_dir / f"feature_{feature:04d}.json"
+
+
+def feature_record(facts: Mapping[str, Any], edges: Mapping[int, Sequence[tuple[int, float, float]]]) -> dict[str, Any]:
+    """The published JSON record of one source feature.
+
+    Args:
+        facts: source_layer, feature_idx, label, activation_freq, n_cells_active, n_cells_measured,
+            elapsed_seconds and fingerprint.
+        edges: {target layer: [(target, d, consistency)]}, all significant ones, by ascending target.
+    """
+    downstream = {
+        str(layer): {
+            "n_significant": len(of_layer),
+            "top_effects": [
+                {"target": target, "d": d, "consistency": consistency}
+                for target, d, consistency in sorted(of_layer, key=lambda edge: (-abs(edge[1]), edge[0]))[
+                    :N_TOP_EFFECTS
+                ]
+            ],
+            "mean_abs_d": statistics.fmean(abs(d) for _, d, _ in of_layer),
+        }
+        for layer, of_layer in sorted(edges.items())
+        if of_layer
+    }
+    return {
+        "source_layer": facts["source_layer"],
+        "feature_idx": facts["feature_idx"],
+        "label": facts["label"],
+        "activation_freq": facts["activation_freq"],
+        "n_cells_active": facts["n_cells_active"],
+        "n_cells_measured": facts["n_cells_measured"],
+        "total_significant_edges": sum(len(of_layer) for of_layer in edges.values()),
+        "downstream_edges": downstream,
+        "elapsed_seconds": facts["elapsed_seconds"],
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": facts["fingerprint"],
+    }
+
+
+def repair_record(path: Path, record: Mapping[str, Any]) -> bool:
+    """Write `record` unless the file already says so.
+
+    Returns:
+        Whether a file was there and was damaged or said something else.
+    """
+    existed = path.exists()
+    try:
+        if existed and read_json(path) == record:
+            return False
+    except UserError:
+        pass
+    write_json(path, record)
+    return existed
+
+
+def summarise(source_layer: int, features: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The published summary of a run.
+
+    Args:
+        source_layer: the layer traced.
+        features: facts of every traced feature, each with feature_idx, label, n_cells_active and n_edges.
+    """
+    traced = list(features)
+    degrees = [feature["n_edges"] for feature in traced]
+    hubs = sorted(traced, key=lambda feature: (-feature["n_edges"], feature["feature_idx"]))[:N_HUBS]
+    return {
+        "source_layer": source_layer,
+        "n_features_traced": len(traced),
+        "total_edges": sum(degrees),
+        "mean_edges_per_feature": statistics.fmean(degrees) if degrees else 0.0,
+        "median_edges_per_feature": float(statistics.median(degrees)) if degrees else 0.0,
+        "max_edges": max(degrees, default=0),
+        "n_zero_edge_features": sum(degree == 0 for degree in degrees),
+        "top_20_hubs": [
+            {
+                "feature_idx": hub["feature_idx"],
+                "label": hub["label"],
+                "total_edges": hub["n_edges"],
+                "n_cells_active": hub["n_cells_active"],
+            }
+            for hub in hubs
+        ],
+    }
+
+
+def report_lines(
+    summary: Mapping[str, Any], features: Sequence[Mapping[str, Any]], edges_per_layer: Mapping[int, int]
+) -> Iterable[str]:
+    """The summary as text for the terminal, line by line."""
+    layer = summary["source_layer"]
+    yield f"Layer {layer}: {summary['n_features_traced']} features traced, {summary['total_edges']} edges"
+    yield (
+        f"  edges per feature: mean {summary['mean_edges_per_feature']:.2f}, "
+        f"median {summary['median_edges_per_feature']:g}, max {summary['max_edges']}; "
+        f"{summary['n_zero_edge_features']} features without an edge"
+    )
+    yield f"  features active in none of the cells: {sum(f['n_cells_active'] == 0 for f in features)}"
+    for target, count in sorted(edges_per_layer.items()):
+        yield f"  edges to layer {target}: {count}"
+    yield "  degree histogram (edges: features)"
+    for low, high in zip(DEGREE_BINS, [*DEGREE_BINS[1:], None], strict=True):
+        count = sum(low <= f["n_edges"] and (high is None or f["n_edges"] < high) for f in features)
+        name = "0" if low == 0 else f"{low}+" if high is None else f"{low}-{high - 1}"
+        yield f"    {name:>11}: {count}"
+    yield "  hubs (edges, active cells, label)"
+    for hub in summary["top_20_hubs"]:
+        name = f"L{layer}/F{hub['feature_idx']}"
+        yield f"    {name:>10} {hub['total_edges']:>7} {hub['n_cells_active']:>5}  {hub['label']}"
+
+
+def _differences(kept: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    for key in dict.fromkeys([*kept, *current]):
+        there, now = kept.get(key), current.get(key)
+        if isinstance(there, dict) and isinstance(now, dict):
+            yield from _differences(there, now, f"{prefix}{key}.")
+        elif there != now:
+            yield f"{prefix}{key} is {_short(there)} there and {_short(now)} here"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:14]}..."

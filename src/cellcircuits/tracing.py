@@ -1,0 +1,152 @@
+"""Trace features block by block: cells inside, shards out, nothing lost on the way.
+
+A block's effects are kept for all its cells until the last one is done; every few minutes they go to disk,
+so that a kill costs at most that much work however slow the machine is.
+"""
+
+import logging
+import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from cellcircuits.catalog import FeatureInfo
+from cellcircuits.effects import Bench, CleanCell
+from cellcircuits.graph_store import EDGE_SCHEMA, Shard
+from cellcircuits.jsonio import write_atomically
+from cellcircuits.stats import EdgeRule, effect_statistics
+
+log = logging.getLogger(__name__)
+SAVE_EVERY_SECONDS = 240.0
+
+
+@dataclass
+class BlockEffects:
+    """Effects of some features of a block on every cell so far.
+
+    `effects` (n_block, n_cells, n_targets) float64 in latent activation units, `measured` (n_block, n_cells)
+    bool, `seconds` (n_block,), `n_cells_done` cells finished.
+    """
+
+    features: tuple[int, ...]
+    effects: NDArray[np.float64]
+    measured: NDArray[np.bool_]
+    seconds: NDArray[np.float64]
+    n_cells_done: int = 0
+
+    @classmethod
+    def empty(cls, features: Sequence[int], n_cells: int, n_targets: int) -> "BlockEffects":
+        """Nothing measured yet."""
+        shape = (len(features), n_cells)
+        return cls(tuple(features), np.zeros((*shape, n_targets)), np.zeros(shape, dtype=bool), np.zeros(len(features)))
+
+    def save(self, path: Path, fingerprint: str) -> None:
+        """Write the finished cells to `path`, whole or not at all."""
+        done = self.n_cells_done
+        arrays = {
+            "features": np.array(self.features),
+            "effects": self.effects[:, :done],
+            "measured": self.measured[:, :done],
+            "seconds": self.seconds,
+            "fingerprint": np.array(fingerprint),
+        }
+        write_atomically(path, lambda stream: np.savez(stream, **arrays))
+
+    def restore(self, path: Path, fingerprint: str) -> None:
+        """Take up what `save` wrote for the same features of the same run; anything else is said and ignored."""
+        if not path.exists():
+            return
+        try:
+            with np.load(path, allow_pickle=False) as kept:
+                same = kept["fingerprint"].item() == fingerprint and tuple(kept["features"]) == self.features
+                if not same:
+                    return
+                done = kept["measured"].shape[1]
+                self.effects[:, :done], self.measured[:, :done] = kept["effects"], kept["measured"]
+                self.seconds[:] = kept["seconds"]
+                self.n_cells_done = done
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            log.warning("%s is damaged (%s): its block is traced from its first cell.", path, type(error).__name__)
+            self.effects[:], self.measured[:], self.seconds[:] = 0.0, False, 0.0
+            self.n_cells_done = 0
+
+
+def trace_block(
+    bench: Bench,
+    cells: Sequence[CleanCell],
+    block: BlockEffects,
+    *,
+    batch_size: int | None = None,
+    on_cell: Callable[[int], None] = lambda n_features: None,
+) -> None:
+    """Measure the features of `block` on the cells that are not done yet.
+
+    Args:
+        bench: model and SAEs.
+        cells: clean runs of all cells, in order.
+        block: filled in place, cell by cell.
+        batch_size: features per batch of tail runs; None lets memory decide.
+        on_cell: called after each cell with the number of (feature, cell) pairs it finished.
+    """
+    for i in range(block.n_cells_done, len(cells)):
+        clean = cells[i]
+        n_active = {j: len(clean.active_rows(feature)) for j, feature in enumerate(block.features)}
+        active = sorted((j for j, n in n_active.items() if n), key=lambda j: (n_active[j], j))
+        size = batch_size or bench.batch_size(len(clean.cell.tokens))
+        for start in range(0, len(active), size):
+            batch = active[start : start + size]
+            started = time.perf_counter()
+            block.effects[batch, i] = bench.effects(clean, [block.features[j] for j in batch])
+            block.seconds[batch] += (time.perf_counter() - started) / len(batch)
+        block.measured[active, i] = True
+        block.n_cells_done = i + 1
+        on_cell(len(block.features))
+
+
+def block_shard(
+    bench: Bench, block: BlockEffects, catalog: Mapping[int, FeatureInfo], rule: EdgeRule, fingerprint: str
+) -> Shard:
+    """Turn the effects of a finished block into edges and facts."""
+    facts: dict[int, dict[str, Any]] = {}
+    tables = [EDGE_SCHEMA.empty_table()]
+    for j, feature in enumerate(block.features):
+        effects = block.effects[j][block.measured[j]]  # (n_measured, n_targets)
+        tables.append(_edge_table(bench, feature, effects, rule))
+        facts[feature] = {
+            "source_layer": bench.source_layer,
+            "feature_idx": feature,
+            "label": catalog[feature].label,
+            "activation_freq": catalog[feature].activation_freq,
+            "n_cells_active": len(effects),
+            "n_cells_measured": block.measured.shape[1],
+            "elapsed_seconds": float(block.seconds[j]),
+            "fingerprint": fingerprint,
+        }
+    return Shard(facts, pa.concat_tables(tables))
+
+
+def _edge_table(bench: Bench, feature: int, effects: NDArray[np.float64], rule: EdgeRule) -> pa.Table:
+    """All edges of one source feature, by ascending target layer and target."""
+    statistics = effect_statistics(effects, rule)
+    columns = np.flatnonzero(statistics.is_edge)
+    starts = np.array([bench.columns[layer].start for layer in bench.targets])
+    which = np.searchsorted(starts, columns, side="right") - 1
+    n_edges = len(columns)
+    values = [
+        np.full(n_edges, bench.source_layer),
+        np.full(n_edges, feature),
+        np.array(bench.targets)[which],
+        columns - starts[which],
+        statistics.mean[columns],
+        statistics.d[columns],
+        statistics.consistency[columns],
+        np.full(n_edges, statistics.n_cells),
+    ]
+    arrays = [pa.array(value, type=field.type) for value, field in zip(values, EDGE_SCHEMA, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=EDGE_SCHEMA)

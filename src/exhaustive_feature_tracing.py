@@ -1,0 +1,302 @@
+"""Experiment 1: ablate every active SAE feature of one layer and record what changes downstream.
+
+    python src/exhaustive_feature_tracing.py --data-root sae_data --data-path cells.h5ad --n-cells 20
+
+Writes into the output folder: feature_0042.json per source feature, edges.parquet (all significant edges),
+features.parquet (labels, frequencies, degrees), exhaustive_summary.json, manifest.json, progress.json and
+blocks/ (what a later start resumes from). Running the same command again goes on where it stopped.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from cellcircuits import cli, graph_store, results, sae_store
+from cellcircuits.catalog import FeatureInfo
+from cellcircuits.cells import CellSelection
+from cellcircuits.effects import Bench, CleanCell, ablation_effect
+from cellcircuits.errors import UserError
+from cellcircuits.inputs import LayerSAE, ModelAndCells, check_layers, open_cells, open_model, open_saes
+from cellcircuits.jsonio import write_json
+from cellcircuits.stats import EdgeRule
+from cellcircuits.tracing import SAVE_EVERY_SECONDS, BlockEffects, block_shard, trace_block
+
+log = logging.getLogger("exhaustive_feature_tracing")
+MIN_ACTIVATION_FREQ = 0.001
+SELF_CHECK_TOLERANCE = 1e-3
+GO_ON = "everything finished is kept; run the same command again to go on."
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Ablate every active SAE feature of a layer of a Geneformer and record the edges to later layers.",
+        epilog="example: python src/exhaustive_feature_tracing.py --data-root sae_data --data-path cells.h5ad "
+        "--n-cells 20 --out-dir results/layer5",
+    )
+    cli.add_model_flags(parser)
+    parser.add_argument(
+        "--sae-run",
+        default=None,
+        metavar="NAME",
+        help="which SAE of a layer to take when there are several, e.g. x4_k32",
+    )
+    cli.add_cell_flags(parser, CellSelection())
+    group = parser.add_argument_group("what to trace")
+    group.add_argument("--source-layer", type=int, default=5, help="layer to ablate in (default: 5)")
+    group.add_argument(
+        "--downstream-layers",
+        type=cli.layer_list,
+        default=(6, 11, 17),
+        metavar="A,B,C",
+        help="layers to read (default: 6,11,17)",
+    )
+    group.add_argument("--all-downstream", action="store_true", help="read every layer after the source")
+    group.add_argument("--start-idx", type=int, default=0, help="first feature index (default: 0)")
+    group.add_argument("--end-idx", type=int, default=None, help="one past the last feature index (default: all)")
+    group.add_argument(
+        "--features",
+        default=None,
+        metavar="LIST_OR_FILE",
+        help="only these features, e.g. 898,1762, or a file with one index per line",
+    )
+    group.add_argument("--min-abs-d", type=float, default=0.5, help="an edge needs a larger |d| (default: 0.5)")
+    group.add_argument(
+        "--min-consistency", type=cli.fraction, default=0.7, help="and a larger sign consistency (default: 0.7)"
+    )
+    group.add_argument(
+        "--batch-size", type=cli.natural, default=None, help="features per batch (default: what memory allows)"
+    )
+    out_dir = os.environ.get("SAE_OUT_DIR", "results/exhaustive_tracing")
+    group.add_argument(
+        "--out-dir",
+        type=Path,
+        default=Path(out_dir),
+        metavar="FOLDER",
+        help="where results go (environment: SAE_OUT_DIR; default: %(default)s)",
+    )
+    group.add_argument("--analysis-only", action="store_true", help="summarise what the folder holds, trace nothing")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    args = build_parser().parse_args(argv)
+    return cli.run_script(lambda: analyse(args.out_dir) if args.analysis_only else run(args), GO_ON)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Open the inputs, trace what is not traced yet, summarise."""
+    started = time.perf_counter()
+    data_root = cli.require_path(args.data_root, "--data-root", "SAE_DATA_ROOT", folder=True)
+    cli.require_path(args.data_path, "--data-path", "SAE_DATA_PATH", folder=False)
+    loaded = open_model(args)
+    n_layers = loaded.model.config.num_hidden_layers
+    every = tuple(range(args.source_layer + 1, n_layers))
+    targets = every if args.all_downstream else args.downstream_layers
+    check_layers(n_layers, args.source_layer, targets)
+    layers = open_saes(data_root, [args.source_layer, *targets], args.sae_run, loaded)
+    source = layers[args.source_layer]
+    features = chosen_features(args, require_catalog(source, args))
+    opened = open_cells(args, loaded)
+    rule = EdgeRule(args.min_abs_d, args.min_consistency)
+    provenance = {**opened.provenance(), "selection": asdict(cli.selection_from(args))}
+    fingerprint = results.claim_folder(args.out_dir, run_settings(args, opened, layers, rule), provenance)
+    graph_store.write_features(args.out_dir, {n: (x.catalog or {}).values() for n, x in layers.items()})
+    bench = Bench(loaded.model, {layer: opened_sae.sae for layer, opened_sae in layers.items()}, args.source_layer)
+    Tracer(args, bench, opened, source.catalog or {}, rule, fingerprint).trace(features)
+    status = analyse(args.out_dir)
+    print(f"Results: {args.out_dir} ({time.perf_counter() - started:.0f} s)")
+    return status
+
+
+def require_catalog(source: LayerSAE, args: argparse.Namespace) -> dict[int, FeatureInfo]:
+    """The source layer's catalog.
+
+    Raises:
+        UserError: there is none; names the command that makes it.
+    """
+    if source.catalog is None:
+        raise UserError(
+            f"{source.files.catalog}: no such file; make it with: python src/prepare_inputs.py --layers "
+            f"{args.source_layer} --steps catalog --data-root {args.data_root} --data-path {args.data_path}"
+        )
+    return source.catalog
+
+
+def chosen_features(args: argparse.Namespace, catalog: dict[int, FeatureInfo]) -> list[int]:
+    """Source features to trace, ascending: those asked for, or every one that fires often enough.
+
+    Raises:
+        UserError: the request is unreadable or names a feature that the catalog lacks, or nothing is left.
+    """
+    end = max(catalog, default=-1) + 1 if args.end_idx is None else args.end_idx
+    if args.features is None:
+        wanted = [i for i, info in catalog.items() if info.activation_freq >= MIN_ACTIVATION_FREQ]
+    else:
+        wanted = _listed_features(args.features)
+        unknown = [feature for feature in wanted if feature not in catalog]
+        if unknown:
+            raise UserError(f"--features: the catalog of layer {args.source_layer} has no feature {unknown[0]}.")
+    features = [feature for feature in wanted if args.start_idx <= feature < end]
+    if not features:
+        raise UserError(
+            f"no feature to trace: the catalog of layer {args.source_layer} has none with activation_freq >= "
+            f"{MIN_ACTIVATION_FREQ} and {args.start_idx} <= index < {end}; widen --start-idx and --end-idx."
+        )
+    return features
+
+
+def _listed_features(text: str) -> list[int]:
+    path = Path(text)
+    words = (path.read_text(encoding="utf-8") if path.is_file() else text).replace(",", " ").split()
+    if not words or not all(word.isdecimal() for word in words):
+        raise UserError(f"--features {text}: neither a list such as 898,1762 nor a file with feature indices.")
+    return sorted({int(word) for word in words})
+
+
+def run_settings(
+    args: argparse.Namespace, opened: ModelAndCells, layers: dict[int, LayerSAE], rule: EdgeRule
+) -> dict[str, Any]:
+    """Everything that determines the numbers; which features are asked for does not."""
+    saes = {str(layer): sae_store.fingerprint(layer_sae.files) for layer, layer_sae in layers.items()}
+    for layer, parts in saes.items():
+        if int(layer) != args.source_layer:
+            del parts["catalog"], parts["annotations"]
+    return {
+        "experiment": "exhaustive_feature_tracing",
+        "source_layer": args.source_layer,
+        "downstream_layers": [layer for layer in layers if layer != args.source_layer],
+        "model": opened.loaded.fingerprint,
+        "saes": saes,
+        "n_cells": len(opened.cells.cells),
+        "cells": opened.cells.fingerprint(),
+        "tokenization": args.tokenization,
+        "min_abs_d": rule.min_abs_d,
+        "min_consistency": rule.min_consistency,
+        "block_size": graph_store.BLOCK_SIZE,
+        "precision": str(opened.loaded.model.dtype).removeprefix("torch."),
+    }
+
+
+class Tracer:
+    """One run: which blocks are left, and the way from a block's features to its files."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        bench: Bench,
+        opened: ModelAndCells,
+        catalog: dict[int, FeatureInfo],
+        rule: EdgeRule,
+        fingerprint: str,
+    ) -> None:
+        """Bind what every block needs."""
+        self.out_dir, self.batch_size = args.out_dir, args.batch_size
+        self.bench, self.cells, self.catalog = bench, opened.cells.cells, catalog
+        self.rule, self.fingerprint = rule, fingerprint
+        self.last_save = time.monotonic()
+
+    def trace(self, features: Sequence[int]) -> None:
+        """Trace every feature whose result is not on disk yet."""
+        blocks: dict[int, list[int]] = {}
+        for feature in features:
+            blocks.setdefault(graph_store.block_of(feature), []).append(feature)
+        finished = {block: self.finished_features(block) for block in blocks}
+        left = {block: [f for f in wanted if f not in finished[block]] for block, wanted in blocks.items()}
+        left = {block: wanted for block, wanted in left.items() if wanted}
+        n_left = sum(map(len, left.values()))
+        log.info("%d features to trace, %d of them already done", len(features), len(features) - n_left)
+        if not left:
+            return
+        clean = [self.bench.clean(c) for c in tqdm(self.cells, "clean runs", unit="cell", disable=None)]
+        self.check_engine(clean, features)
+        with tqdm(total=n_left * len(clean), desc="tracing", unit="pair", disable=None) as bar:
+            for block, wanted in left.items():
+                self.trace_one(block, wanted, clean, bar)
+                n_left -= len(wanted)
+                progress = {"n_features": len(features), "n_features_done": len(features) - n_left}
+                write_json(self.out_dir / "progress.json", progress)
+
+    def finished_features(self, block: int) -> Iterable[int]:
+        """Features of a block whose shard is whole; their JSON files are mended from it where needed."""
+        shard = graph_store.read_shard(graph_store.shard_path(self.out_dir, block), self.fingerprint)
+        if shard is None:
+            return ()
+        self.write_records(shard)
+        return shard.facts.keys()
+
+    def trace_one(self, block: int, features: Sequence[int], clean: Sequence[CleanCell], bar: tqdm) -> None:
+        """Trace some features of one block and write their files."""
+        path = graph_store.shard_path(self.out_dir, block)
+        partial = path.with_suffix(".partial.npz")
+        effects = BlockEffects.empty(features, len(clean), self.bench.n_targets)
+        effects.restore(partial, self.fingerprint)
+        bar.update(len(features) * effects.n_cells_done)
+        self.last_save = time.monotonic()
+
+        def on_cell(n_pairs: int) -> None:
+            bar.update(n_pairs)
+            if time.monotonic() - self.last_save > SAVE_EVERY_SECONDS:
+                effects.save(partial, self.fingerprint)
+                self.last_save = time.monotonic()
+
+        trace_block(self.bench, clean, effects, batch_size=self.batch_size, on_cell=on_cell)
+        shard = block_shard(self.bench, effects, self.catalog, self.rule, self.fingerprint)
+        kept = graph_store.read_shard(path, self.fingerprint)
+        graph_store.write_shard(path, kept.merged(shard) if kept else shard)
+        partial.unlink(missing_ok=True)
+        self.write_records(shard)
+
+    def write_records(self, shard: graph_store.Shard) -> None:
+        """Write the JSON file of every feature of a shard that does not have it yet."""
+        for feature, record in shard.records():
+            path = results.feature_path(self.out_dir, feature)
+            if results.repair_record(path, record):
+                log.warning("%s was damaged or of another run; it is made again.", path)
+
+    def check_engine(self, clean: Sequence[CleanCell], features: Sequence[int]) -> None:
+        """Compare the batched engine with one full hooked forward pass on this model, before trusting it.
+
+        Raises:
+            UserError: they disagree, which means that the model is not built as a Geneformer is.
+        """
+        found = next(((c, f) for c in clean for f in features if len(c.active_rows(f))), None)
+        if found is None:
+            return
+        cell, feature = found
+        fast = self.bench.effects(cell, [feature])[0]
+        slow = ablation_effect(self.bench, cell.cell, feature)
+        assert slow is not None
+        expected = np.concatenate([slow[layer] for layer in self.bench.targets])
+        if np.abs(fast - expected).max() > SELF_CHECK_TOLERANCE * (1 + np.abs(expected).max()):
+            raise UserError(
+                f"--model: the engine and a full forward pass disagree by {np.abs(fast - expected).max():.2g} on "
+                f"feature {feature}; this model is not built as a Geneformer is, or the device computes wrongly."
+            )
+
+
+def analyse(out_dir: Path) -> int:
+    """Make the tables and the summary from what the folder holds, and print the summary."""
+    settings = results.open_folder(out_dir)["settings"]
+    if settings.get("experiment") != "exhaustive_feature_tracing":
+        raise UserError(f"{out_dir}: holds another experiment ({settings.get('experiment')}); fix --out-dir.")
+    features, per_layer = graph_store.write_edges(out_dir, results.settings_fingerprint(settings))
+    graph_store.fill_degrees(out_dir, settings["source_layer"], features)
+    summary = results.summarise(settings["source_layer"], features)
+    write_json(out_dir / "exhaustive_summary.json", summary)
+    print("\n".join(results.report_lines(summary, features, per_layer)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
