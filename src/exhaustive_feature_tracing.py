@@ -157,21 +157,32 @@ def chosen_features(args: argparse.Namespace, catalog: dict[int, FeatureInfo]) -
 
 
 def _listed_features(text: str) -> list[int]:
-    path = Path(text)
-    words = (path.read_text(encoding="utf-8") if path.is_file() else text).replace(",", " ").split()
-    if not words or not all(word.isdecimal() for word in words):
+    def indices(words: list[str]) -> list[int]:
+        return sorted({int(word) for word in words}) if all(word.isdecimal() for word in words) else []
+
+    listed = indices(text.replace(",", " ").split())
+    if not listed:
+        try:
+            listed = indices(Path(text).read_text(encoding="utf-8").replace(",", " ").split())
+        except (OSError, UnicodeDecodeError):
+            listed = []
+    if not listed:
         raise UserError(f"--features {text}: neither a list such as 898,1762 nor a file with feature indices.")
-    return sorted({int(word) for word in words})
+    return listed
 
 
 def run_settings(
     args: argparse.Namespace, opened: ModelAndCells, layers: dict[int, LayerSAE], rule: EdgeRule
 ) -> dict[str, Any]:
     """Everything that determines the numbers; which features are asked for does not."""
-    saes = {str(layer): sae_store.fingerprint(layer_sae.files) for layer, layer_sae in layers.items()}
-    for layer, parts in saes.items():
-        if int(layer) != args.source_layer:
-            del parts["catalog"], parts["annotations"]
+    saes = {
+        str(layer): {
+            part: digest
+            for part, digest in sae_store.fingerprint(layer_sae.files).items()
+            if layer == args.source_layer or part in ("checkpoint", "mean")
+        }
+        for layer, layer_sae in layers.items()
+    }
     return {
         "experiment": "exhaustive_feature_tracing",
         "source_layer": args.source_layer,
