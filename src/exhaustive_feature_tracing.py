@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +108,7 @@ def run(args: argparse.Namespace) -> int:
     features = chosen_features(args, require_catalog(source, args))
     opened = open_cells(args, loaded)
     rule = EdgeRule(args.min_abs_d, args.min_consistency)
-    provenance = {**opened.provenance(), "selection": asdict(cli.selection_from(args))}
-    fingerprint = results.claim_folder(args.out_dir, run_settings(args, opened, layers, rule), provenance)
+    fingerprint = results.claim_folder(args.out_dir, run_settings(args, opened, layers, rule), opened.provenance())
     graph_store.write_features(args.out_dir, {n: (x.catalog or {}).values() for n, x in layers.items()})
     bench = Bench(loaded.model, {layer: opened_sae.sae for layer, opened_sae in layers.items()}, args.source_layer)
     Tracer(args, bench, opened, source.catalog or {}, rule, fingerprint).trace(features)
