@@ -16,6 +16,12 @@ from cellcircuits.sae_store import run_folder, save_sae
 from sae_model import TopKSAE
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The models are tiny: threads would only wait for each other."""
+    torch.set_num_threads(1)
+
+
 def random_model(
     seed: int = 0, *, n_layers: int = 6, d_model: int = 24, n_heads: int = 3, n_vocab: int = 64, n_positions: int = 48
 ) -> BertForMaskedLM:
