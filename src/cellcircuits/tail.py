@@ -97,7 +97,7 @@ class _Block:
             key, value = F.linear(streams, self.weight[d_model:], self.bias[d_model:]).chunk(2, dim=-1)
             streams = streams.gather(1, rows[..., None].expand(-1, -1, d_model))  # (batch, n_max, d_model)
             query = parts.query(streams)
-        attended = F.scaled_dot_product_attention(*(self._heads(x) for x in (query, key, value)))
+        attended = F.scaled_dot_product_attention(self._heads(query), self._heads(key), self._heads(value))
         attended = attended.transpose(1, 2).flatten(2)  # (batch, n_rows, d_model)
         streams = parts.attention_norm(streams + parts.attention_output(attended))
         return parts.output_norm(streams + parts.output(parts.activation(parts.intermediate(streams))))
