@@ -8,12 +8,12 @@ computes the same for many features at once and is what the experiments run.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import BertForMaskedLM
 
 from cellcircuits.cells import Cell
 from cellcircuits.device import batch_memory
@@ -21,6 +21,9 @@ from cellcircuits.geneformer import edited, residuals
 from cellcircuits.interventions import remove_features
 from cellcircuits.tail import MeasuredPositions, Tail
 from sae_model import TopKSAE
+
+if TYPE_CHECKING:
+    from transformers import BertForMaskedLM
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,22 @@ class CleanCell:
         """Gene positions, counted among the gene positions, where `feature` is among the k selected."""
         return np.flatnonzero((self.source.features == feature).any(axis=1))
 
+    def source_latents(self, feature: int, rows: NDArray[np.int64]) -> NDArray[np.floating]:
+        """Latents (n_rows,) of `feature` at gene positions where it is active."""
+        at_rows = self.source.at(rows)
+        return at_rows.values[at_rows.features == feature]
+
 
 class Bench:
     """A model with its SAEs, set up to measure the features of one source layer."""
 
-    def __init__(self, model: BertForMaskedLM, saes: Mapping[int, TopKSAE], source_layer: int) -> None:
-        """Bind the model and the SAEs of the source layer and of every target layer, all on one device."""
+    def __init__(self, model: "BertForMaskedLM", saes: Mapping[int, TopKSAE], source_layer: int) -> None:
+        """Bind the model and the SAEs of the source layer and of every target layer, all on one device.
+
+        Every later layer that has an SAE is a target; the model must not change afterwards.
+        """
         self.model, self.saes, self.source_layer = model, saes, source_layer
-        self.targets = tuple(sorted(layer for layer in saes if layer != source_layer))
+        self.targets = tuple(sorted(layer for layer in saes if layer > source_layer))
         self.device = model.device
         self.tail = Tail(model, source_layer, self.targets)
         widths = np.cumsum([0, *(saes[layer].n_features for layer in self.targets)])
@@ -95,6 +106,9 @@ class Bench:
     def effects(self, clean: CleanCell, features: Sequence[int]) -> NDArray[np.float64]:
         """Effects of removing each feature alone, as one batch of tail runs.
 
+        A feature whose latent is 0 wherever it is selected changes nothing, and its effects are exactly 0:
+        running it would leave rounding in their place, and the edge rule counts signs.
+
         Args:
             clean: the cell's clean run.
             features: source features that are active in this cell.
@@ -108,30 +122,30 @@ class Bench:
         active = [clean.active_rows(feature) for feature in features]
         if not all(len(rows) for rows in active):
             raise ValueError("a feature that is active nowhere in a cell has no effect there to measure")
-        measured = MeasuredPositions.of([clean.cell.gene_positions[rows] for rows in active], self.device)
-        streams = self._ablated(clean, features, active, measured)
-        effects = np.empty((len(features), self.n_targets))
-        stops = np.cumsum([len(rows) for rows in active])
+        latents = [clean.source_latents(feature, rows) for feature, rows in zip(features, active, strict=True)]
+        effects = np.zeros((len(features), self.n_targets))
+        run = [i for i, of_feature in enumerate(latents) if of_feature.any()]
+        if not run:
+            return effects
+        measured = MeasuredPositions.of([clean.cell.gene_positions[active[i]] for i in run], self.device)
+        streams = self._ablated(clean, [features[i] for i in run], np.concatenate([latents[i] for i in run]), measured)
+        stops = np.cumsum([len(active[i]) for i in run])
         for layer, stream in self.tail.run(streams, measured):
-            latents = TopKLatents.of(self.saes[layer], stream)
-            for i, rows in enumerate(active):
-                ablated = latents.at(slice(stops[i] - len(rows), stops[i]))
-                effects[i, self.columns[layer]] = _mean_change(clean.targets[layer].at(rows), ablated, self.saes[layer])
+            ablated = TopKLatents.of(self.saes[layer], stream)
+            for i, stop in zip(run, stops, strict=True):
+                after = ablated.at(slice(stop - len(active[i]), stop))
+                before = clean.targets[layer].at(active[i])
+                effects[i, self.columns[layer]] = _mean_change(before, after, self.saes[layer])
         return effects
 
     def _ablated(
-        self,
-        clean: CleanCell,
-        features: Sequence[int],
-        active: Sequence[NDArray[np.int64]],
-        measured: MeasuredPositions,
+        self, clean: CleanCell, features: Sequence[int], latents: NDArray[np.floating], measured: MeasuredPositions
     ) -> Tensor:
-        """One copy of the clean stream per feature, moved by -h_f * W_dec[:, f] where the feature is active."""
-        latents = [
-            clean.source.values[rows][clean.source.features[rows] == feature]
-            for feature, rows in zip(features, active, strict=True)
-        ]
-        h = torch.from_numpy(np.concatenate(latents)).to(self.device)  # (n_rows,)
+        """One copy of the clean stream per feature, moved by -h_f * W_dec[:, f] where the feature is active.
+
+        `latents` (n_rows,) are the h_f at the measured positions.
+        """
+        h = torch.from_numpy(latents).to(self.device)
         chosen = torch.as_tensor(list(features), device=self.device)[measured.item]
         directions = self.saes[self.source_layer].decoder_directions[chosen]  # (n_rows, d_model)
         streams = clean.residual.to(self.device).repeat(len(features), 1, 1)  # (batch, n_pos, d_model)

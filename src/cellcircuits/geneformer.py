@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, BertForMaskedLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
@@ -58,7 +59,7 @@ def load_model(source: str, subfolder: str | None = None, revision: str | None =
             model, info = BertForMaskedLM.from_pretrained(
                 source, config=config, dtype=torch.float32, output_loading_info=True, **where
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--model {source}: cannot be loaded ({reason}).") from None
     _require_all_weights(source, info)

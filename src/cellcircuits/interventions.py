@@ -30,7 +30,7 @@ def scale_features(
     Returns:
         An edit (batch, n_pos, d_model) -> (batch, n_pos, d_model).
     """
-    chosen = torch.as_tensor(list(features), device=gene_positions.device)
+    chosen = torch.as_tensor(list(features), dtype=torch.int64, device=gene_positions.device)
 
     def edit(residual: Tensor) -> Tensor:
         latents = sae.encode(residual[:, gene_positions])[..., chosen]  # (batch, n_gene, n_chosen)

@@ -58,7 +58,8 @@ def load_vector(path: Path, length: int) -> np.ndarray:
     array = open_array(path)
     if array.shape != (length,):
         raise UserError(f"{path}: has shape {array.shape}, expected ({length},), the width of the SAE beside it.")
-    vector = np.array(array, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what overflows is refused as infinite below
+        vector = np.array(array, dtype=np.float32)
     if not np.isfinite(vector).all():
         raise UserError(f"{path}: holds NaN or infinite values; make it again.")
     return vector

@@ -143,7 +143,7 @@ def _checked_state(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, to
         tensor = state[key]
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tuple(tensor.shape) != shape:
             raise UserError(f"{path}: {key} must be a float tensor of shape {shape}.")
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.float()).all():
             raise UserError(f"{path}: {key} holds NaN or infinite values; train the SAE again.")
     return {key: tensor.float() for key, tensor in state.items()}, sizes
 

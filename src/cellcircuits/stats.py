@@ -32,8 +32,8 @@ class EdgeRule:
             n_cells: measured cells.
         """
         threshold = Fraction(str(self.min_consistency))
-        consistent = threshold.denominator * n_majority > threshold.numerator * n_cells
-        return (np.abs(d) > self.min_abs_d + D_MARGIN) & consistent
+        too_few = threshold.numerator * n_cells // threshold.denominator
+        return (np.abs(d) > self.min_abs_d + D_MARGIN) & (n_majority > too_few)
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,18 @@ positions are measured: the last block computes queries, MLP and norms at those 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import BertForMaskedLM
 
 from cellcircuits.geneformer import BlockParts, block_parts
+
+if TYPE_CHECKING:
+    from transformers import BertForMaskedLM
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,14 @@ class MeasuredPositions:
 class Tail:
     """Blocks source_layer + 1 to the last target of one Geneformer."""
 
-    def __init__(self, model: BertForMaskedLM, source_layer: int, targets: Sequence[int]) -> None:
+    def __init__(self, model: "BertForMaskedLM", source_layer: int, targets: Sequence[int]) -> None:
         """Bind the blocks; `targets` are ascending layers after `source_layer`."""
         self.targets = frozenset(targets)
         self.last = max(targets)
         self._blocks = {layer: _Block(block_parts(model, layer)) for layer in range(source_layer + 1, self.last + 1)}
-        self._widths = (model.config.hidden_size, model.config.intermediate_size)
+        config = model.config
+        self._widths = (config.hidden_size, config.intermediate_size, config.num_attention_heads)
+        self._device_type = model.device.type
 
     def run(self, streams: Tensor, measured: MeasuredPositions) -> Iterator[tuple[int, Tensor]]:
         """Run the tail and read the targets.
@@ -75,8 +80,10 @@ class Tail:
 
     def bytes_per_stream(self, n_pos: int, itemsize: int) -> int:
         """Peak memory that one stream of a batch needs, in bytes."""
-        d_model, d_feed_forward = self._widths
-        return n_pos * (8 * d_model + 2 * d_feed_forward) * itemsize
+        d_model, d_feed_forward, n_heads = self._widths
+        # MPS may build the attention scores that the fused kernels of CUDA and CPU never hold
+        scores = n_heads * n_pos if self._device_type == "mps" else 0
+        return n_pos * (8 * d_model + 2 * d_feed_forward + scores) * itemsize
 
 
 class _Block:

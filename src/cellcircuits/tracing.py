@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from cellcircuits.catalog import FeatureInfo
 from cellcircuits.effects import Bench, CleanCell
+from cellcircuits.errors import UserError
 from cellcircuits.graph_store import EDGE_SCHEMA, Shard
 from cellcircuits.jsonio import write_atomically
 from cellcircuits.stats import EdgeRule, effect_statistics
@@ -93,6 +94,9 @@ def trace_block(
         block: filled in place, cell by cell.
         batch_size: features per batch of tail runs; None lets memory decide.
         on_cell: called after each cell with the number of (feature, cell) pairs it finished.
+
+    Raises:
+        UserError: an effect is NaN or infinite.
     """
     for i in range(block.n_cells_done, len(cells)):
         clean = cells[i]
@@ -104,6 +108,11 @@ def trace_block(
             started = time.perf_counter()
             block.effects[batch, i] = bench.effects(clean, [block.features[j] for j in batch])
             block.seconds[batch] += (time.perf_counter() - started) / len(batch)
+        if not np.isfinite(block.effects[active, i]).all():
+            raise UserError(
+                f"cell {clean.cell.name}: the effects on its activations are not finite; check the model's and the "
+                "SAEs' weights, or compute on another --device."
+            )
         block.measured[active, i] = True
         block.n_cells_done = i + 1
         on_cell(len(block.features))
