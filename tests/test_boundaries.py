@@ -22,7 +22,7 @@ GROUPS = {
         ("torch", "transformers", "anndata", "scanpy", "h5py", "pyarrow", "matplotlib"),
     ),
     "reading cells without torch": (
-        ("cells", "cell_rows", "counts", "genes", "h5ad"),
+        ("cells", "cell_rows", "counts", "genes"),  # anndata 0.11, which h5ad needs, imports torch itself
         ("torch", "transformers", "scanpy", "matplotlib"),
     ),
     "torch without transformers": (

@@ -220,7 +220,9 @@ def test_damaged_partial_work_is_ignored(study_template: Study, finished: Path, 
 def test_kill_9_and_a_rerun_give_the_same_files(study_template: Study, finished: Path, tmp_path: Path):
     out_dir = tmp_path / "out"
     command = [sys.executable, str(SCRIPT), *study_template.flags(out_dir)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # another number of threads would round differently
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list(out_dir.glob("blocks/*.parquet")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
