@@ -8,30 +8,24 @@ blocks/ (what a later start resumes from). Running the same command again goes o
 """
 
 import argparse
-import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from tqdm import tqdm
-
-from cellcircuits import cli, graph_store, results, sae_store
+from cellcircuits import cli, graph_store, results
 from cellcircuits.catalog import FeatureInfo
 from cellcircuits.cells import CellSelection
-from cellcircuits.effects import Bench, CleanCell, ablation_effect
 from cellcircuits.errors import UserError
-from cellcircuits.inputs import LayerSAE, ModelAndCells, check_layers, open_cells, open_model, open_saes
 from cellcircuits.jsonio import write_json
 from cellcircuits.stats import EdgeRule
-from cellcircuits.tracing import SAVE_EVERY_SECONDS, BlockEffects, block_shard, trace_block
 
-log = logging.getLogger("exhaustive_feature_tracing")
+if TYPE_CHECKING:
+    from cellcircuits.inputs import LayerSAE, ModelAndCells
+
 MIN_ACTIVATION_FREQ = 0.001
-SELF_CHECK_TOLERANCE = 1e-3
 GO_ON = "everything finished is kept; run the same command again to go on."
 
 
@@ -98,26 +92,32 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     data_root = cli.require_path(args.data_root, "--data-root", "SAE_DATA_ROOT", folder=True)
     cli.require_path(args.data_path, "--data-path", "SAE_DATA_PATH", folder=False)
+
+    # torch and transformers take seconds to import: only once the cheap checks are done
+    from cellcircuits.effects import Bench
+    from cellcircuits.inputs import check_layers, open_cells, open_model, open_saes
+    from cellcircuits.trace_run import Tracer
+
     loaded = open_model(args)
     n_layers = loaded.model.config.num_hidden_layers
     every = tuple(range(args.source_layer + 1, n_layers))
     targets = every if args.all_downstream else args.downstream_layers
     check_layers(n_layers, args.source_layer, targets)
     layers = open_saes(data_root, [args.source_layer, *targets], args.sae_run, loaded)
-    source = layers[args.source_layer]
-    features = chosen_features(args, require_catalog(source, args))
+    catalog = require_catalog(layers[args.source_layer], args)
+    features = chosen_features(args, catalog)
     opened = open_cells(args, loaded)
     rule = EdgeRule(args.min_abs_d, args.min_consistency)
     fingerprint = results.claim_folder(args.out_dir, run_settings(args, opened, layers, rule), opened.provenance())
     graph_store.write_features(args.out_dir, {n: (x.catalog or {}).values() for n, x in layers.items()})
     bench = Bench(loaded.model, {layer: opened_sae.sae for layer, opened_sae in layers.items()}, args.source_layer)
-    Tracer(args, bench, opened, source.catalog or {}, rule, fingerprint).trace(features)
+    Tracer(args.out_dir, bench, opened.cells.cells, catalog, rule, fingerprint, args.batch_size).trace(features)
     status = analyse(args.out_dir)
     print(f"Results: {args.out_dir} ({time.perf_counter() - started:.0f} s)")
     return status
 
 
-def require_catalog(source: LayerSAE, args: argparse.Namespace) -> dict[int, FeatureInfo]:
+def require_catalog(source: "LayerSAE", args: argparse.Namespace) -> dict[int, FeatureInfo]:
     """The source layer's catalog.
 
     Raises:
@@ -170,9 +170,11 @@ def _listed_features(text: str) -> list[int]:
 
 
 def run_settings(
-    args: argparse.Namespace, opened: ModelAndCells, layers: dict[int, LayerSAE], rule: EdgeRule
+    args: argparse.Namespace, opened: "ModelAndCells", layers: dict[int, "LayerSAE"], rule: EdgeRule
 ) -> dict[str, Any]:
     """Everything that determines the numbers; which features are asked for does not."""
+    from cellcircuits import sae_store
+
     saes = {
         str(layer): {
             part: digest
@@ -195,103 +197,6 @@ def run_settings(
         "block_size": graph_store.BLOCK_SIZE,
         "precision": str(opened.loaded.model.dtype).removeprefix("torch."),
     }
-
-
-class Tracer:
-    """One run: which blocks are left, and the way from a block's features to its files."""
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        bench: Bench,
-        opened: ModelAndCells,
-        catalog: dict[int, FeatureInfo],
-        rule: EdgeRule,
-        fingerprint: str,
-    ) -> None:
-        """Bind what every block needs."""
-        self.out_dir, self.batch_size = args.out_dir, args.batch_size
-        self.bench, self.cells, self.catalog = bench, opened.cells.cells, catalog
-        self.rule, self.fingerprint = rule, fingerprint
-        self.last_save = time.monotonic()
-
-    def trace(self, features: Sequence[int]) -> None:
-        """Trace every feature whose result is not on disk yet."""
-        blocks: dict[int, list[int]] = {}
-        for feature in features:
-            blocks.setdefault(graph_store.block_of(feature), []).append(feature)
-        finished = {block: self.finished_features(block) for block in blocks}
-        left = {block: [f for f in wanted if f not in finished[block]] for block, wanted in blocks.items()}
-        left = {block: wanted for block, wanted in left.items() if wanted}
-        n_left = sum(map(len, left.values()))
-        log.info("%d features to trace, %d of them already done", len(features), len(features) - n_left)
-        if not left:
-            return
-        clean = [self.bench.clean(c) for c in tqdm(self.cells, "clean runs", unit="cell", disable=None)]
-        self.check_engine(clean, features)
-        with tqdm(total=n_left * len(clean), desc="tracing", unit="pair", disable=None) as bar:
-            for block, wanted in left.items():
-                self.trace_one(block, wanted, clean, bar)
-                n_left -= len(wanted)
-                progress = {"n_features": len(features), "n_features_done": len(features) - n_left}
-                write_json(self.out_dir / "progress.json", progress)
-
-    def finished_features(self, block: int) -> Iterable[int]:
-        """Features of a block whose shard is whole; their JSON files are mended from it where needed."""
-        shard = graph_store.read_shard(graph_store.shard_path(self.out_dir, block), self.fingerprint)
-        if shard is None:
-            return ()
-        self.write_records(shard)
-        return shard.facts.keys()
-
-    def trace_one(self, block: int, features: Sequence[int], clean: Sequence[CleanCell], bar: tqdm) -> None:
-        """Trace some features of one block and write their files."""
-        path = graph_store.shard_path(self.out_dir, block)
-        partial = path.with_suffix(".partial.npz")
-        effects = BlockEffects.empty(features, len(clean), self.bench.n_targets)
-        effects.restore(partial, self.fingerprint)
-        bar.update(len(features) * effects.n_cells_done)
-        self.last_save = time.monotonic()
-
-        def on_cell(n_pairs: int) -> None:
-            bar.update(n_pairs)
-            if time.monotonic() - self.last_save > SAVE_EVERY_SECONDS:
-                effects.save(partial, self.fingerprint)
-                self.last_save = time.monotonic()
-
-        trace_block(self.bench, clean, effects, batch_size=self.batch_size, on_cell=on_cell)
-        shard = block_shard(self.bench, effects, self.catalog, self.rule, self.fingerprint)
-        kept = graph_store.read_shard(path, self.fingerprint)
-        graph_store.write_shard(path, kept.merged(shard) if kept else shard)
-        partial.unlink(missing_ok=True)
-        self.write_records(shard)
-
-    def write_records(self, shard: graph_store.Shard) -> None:
-        """Write the JSON file of every feature of a shard that does not have it yet."""
-        for feature, record in shard.records():
-            path = results.feature_path(self.out_dir, feature)
-            if results.repair_record(path, record):
-                log.warning("%s was damaged or of another run; it is made again.", path)
-
-    def check_engine(self, clean: Sequence[CleanCell], features: Sequence[int]) -> None:
-        """Compare the batched engine with one full hooked forward pass on this model, before trusting it.
-
-        Raises:
-            UserError: they disagree, which means that the model is not built as a Geneformer is.
-        """
-        found = next(((c, f) for c in clean for f in features if len(c.active_rows(f))), None)
-        if found is None:
-            return
-        cell, feature = found
-        fast = self.bench.effects(cell, [feature])[0]
-        slow = ablation_effect(self.bench, cell.cell, feature)
-        assert slow is not None
-        expected = np.concatenate([slow[layer] for layer in self.bench.targets])
-        if np.abs(fast - expected).max() > SELF_CHECK_TOLERANCE * (1 + np.abs(expected).max()):
-            raise UserError(
-                f"--model: the engine and a full forward pass disagree by {np.abs(fast - expected).max():.2g} on "
-                f"feature {feature}; this model is not built as a Geneformer is, or the device computes wrongly."
-            )
 
 
 def analyse(out_dir: Path) -> int:
