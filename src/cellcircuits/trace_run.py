@@ -20,6 +20,9 @@ from cellcircuits.tracing import SAVE_EVERY_SECONDS, BlockEffects, block_shard, 
 
 log = logging.getLogger(__name__)
 SELF_CHECK_TOLERANCE = 1e-3
+# In float32 a near tie for the last place among the k may fall either way, which moves a latent or two.
+SELF_CHECK_TIES = 4
+SELF_CHECK_TIED_SHARE = 0.02
 
 
 @dataclass
@@ -111,8 +114,10 @@ class Tracer:
         slow = ablation_effect(self.bench, cell.cell, feature)
         assert slow is not None
         expected = np.concatenate([slow[layer] for layer in self.bench.targets])
-        if np.abs(fast - expected).max() > SELF_CHECK_TOLERANCE * (1 + np.abs(expected).max()):
+        differs = np.abs(fast - expected) > SELF_CHECK_TOLERANCE * (1 + np.abs(expected).max())
+        n_moved = np.count_nonzero((fast != 0) | (expected != 0))
+        if differs.sum() > max(SELF_CHECK_TIES, SELF_CHECK_TIED_SHARE * n_moved):
             raise UserError(
-                f"--model: the engine and a full forward pass disagree by {np.abs(fast - expected).max():.2g} on "
+                f"--model: the engine and a full forward pass disagree on {differs.sum()} of {n_moved} effects of "
                 f"feature {feature}; this model is not built as a Geneformer is, or the device computes wrongly."
             )
