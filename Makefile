@@ -35,7 +35,7 @@ $(VENV)/ready-for-tests: $(VENV)/ready tests/requirements.txt
 demo: $(VENV)/ready
 	$(VENV)/bin/python src/exhaustive_feature_tracing.py $(DEMO_INPUTS) $(DEMO_CELLS) --out-dir $(OUT)
 	$(VENV)/bin/python src/make_figures.py --out-dir $(OUT)
-	@echo "Look at one feature: $(VENV)/bin/python src/look_up_feature.py 0 --out-dir $(OUT)"
+	@echo "Look at one feature: $(VENV)/bin/python src/look_up_feature.py 114 --out-dir $(OUT)"
 
 test: $(VENV)/ready-for-tests
 	$(VENV)/bin/python -m pytest

@@ -9,6 +9,7 @@ packages with apt-get into demo/.cache/ unless --sources has them.
 
 import argparse
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,7 +28,7 @@ log = logging.getLogger("build_demo")
 
 SAE_FLAGS = (
     "--cells", "all", "--split-column", "split", "--held-out-value", "held_out",
-    "--layers", "0,5,6,11,17", "--k", "8",
+    "--layers", "0,5,6,11,17", "--k", "8", "--mask-share", "0.05",
 )  # fmt: skip
 
 DESCRIPTION = """Rebuild the demo inputs: cells, gene dictionaries, gene sets, a small masked gene model, its SAEs.
@@ -134,12 +135,19 @@ def make_saes(layout: Layout) -> dict[str, Any]:
     """Step `saes`: what a user would run on their own model."""
     _require(layout.model / "model.safetensors", "model")
     _require(layout.gene_sets, "gene_sets")
-    where = ["--model", layout.model, "--data-path", layout.cells, "--data-root", layout.folder]
-    command = [sys.executable, SOURCE / "prepare_inputs.py", *where, *SAE_FLAGS, "--gmt", f"GO_BP={layout.gene_sets}"]
-    if subprocess.run([str(part) for part in command], check=False).returncode != 0:
+    parts = {"--model": layout.model, "--data-path": layout.cells, "--data-root": layout.folder}
+    # relative paths, because they are recorded in results.json
+    where = [word for flag, path in parts.items() for word in (flag, os.path.relpath(path, layout.folder.parent))]
+    gmt = os.path.relpath(layout.gene_sets, layout.folder.parent)
+    command = [sys.executable, str(SOURCE / "prepare_inputs.py"), *where, *SAE_FLAGS, "--gmt", f"GO_BP={gmt}"]
+    if subprocess.run(command, cwd=layout.folder.parent, check=False).returncode != 0:
         raise UserError("src/prepare_inputs.py failed; its message stands above. Mend that, then: --steps saes")
-    files = (layout.folder / "sae_models").rglob("*")
-    return {"bytes": sum(file.stat().st_size for file in files if file.is_file())}
+    results = [read_json(path) for path in sorted((layout.folder / "sae_models").glob("*/results.json"))]
+    return {
+        f"L{result['layer']}": {key: value for key, value in result["quality"].items() if key != "definitions"}
+        | {"labelled": result["annotation"]["rate"], "labelled_by_chance": result["annotation"]["null_rate"]}
+        for result in results
+    }
 
 
 def measure_map(layout: Layout) -> dict[str, Any]:

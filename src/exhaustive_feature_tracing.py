@@ -126,7 +126,7 @@ def require_catalog(source: "LayerSAE", args: argparse.Namespace) -> dict[int, F
     if source.catalog is None:
         raise UserError(
             f"{source.files.catalog}: no such file; make it with: python src/prepare_inputs.py --layers "
-            f"{args.source_layer} --steps catalog --data-root {args.data_root} --data-path {args.data_path}"
+            f"{args.source_layer} --existing-saes --data-root {args.data_root} --data-path {args.data_path}"
         )
     return source.catalog
 

@@ -16,8 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cellcircuits import cli
+from cellcircuits.catalog import UNANNOTATED
 from cellcircuits.errors import UserError
 from cellcircuits.graph_store import read_table
+
+N_GENES_SHOWN = 4
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,8 +59,8 @@ def look_up(args: argparse.Namespace) -> int:
     chosen = features.filter((pc.field("layer") == layer) & (pc.field("feature") == args.feature)).to_pylist()
     if not chosen:
         raise UserError(f"{args.out_dir / 'features.parquet'}: has no feature {args.feature} of layer {layer}.")
-    labels = {(row["layer"], row["feature"]): row["label"] for row in features.to_pylist()}
-    print("\n".join([*_facts(chosen[0]), *_edge_lines(edges, labels, (layer, args.feature), args.n_edges)]))
+    names = {(row["layer"], row["feature"]): _name(row) for row in features.to_pylist()}
+    print("\n".join([*_facts(chosen[0]), *_edge_lines(edges, names, (layer, args.feature), args.n_edges)]))
     return 0
 
 
@@ -66,6 +69,13 @@ def _source_layer(features: pa.Table) -> int:
     if not layers:
         raise UserError("no feature is traced in this folder yet; run exhaustive_feature_tracing.py first.")
     return layers[0]
+
+
+def _name(row: dict[str, Any]) -> str:
+    """The label or, without one, the first top genes in parentheses."""
+    if row["label"] != UNANNOTATED or not row["top_genes"]:
+        return row["label"]
+    return f"({', '.join(row['top_genes'][:N_GENES_SHOWN])})"
 
 
 def _facts(row: dict[str, Any]) -> Iterable[str]:
@@ -77,7 +87,7 @@ def _facts(row: dict[str, Any]) -> Iterable[str]:
 
 
 def _edge_lines(
-    edges: pa.Table, labels: dict[tuple[int, int], str], feature: tuple[int, int], n_edges: int
+    edges: pa.Table, names: dict[tuple[int, int], str], feature: tuple[int, int], n_edges: int
 ) -> Iterable[str]:
     """Strongest edges out of and into `feature`, as (layer, index), grouped by the layer at the other end."""
     for heading, end, other in (("to", "source", "target"), ("from", "target", "source")):
@@ -90,7 +100,7 @@ def _edge_lines(
                 yield (
                     f"    L{layer}/F{edge[other]:<6} d {edge['cohens_d']:+9.2f}  "
                     f"mean change {edge['mean_delta']:+.3g}  consistency {edge['consistency']:.2f}  "
-                    f"n {edge['n_cells']}  {labels.get((layer, edge[other]), '')}"
+                    f"n {edge['n_cells']}  {names.get((layer, edge[other]), '')}"
                 )
 
 

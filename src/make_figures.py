@@ -19,10 +19,12 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from cellcircuits import cli
+from cellcircuits.catalog import UNANNOTATED
 from cellcircuits.graph_store import read_table
 from cellcircuits.jsonio import read_json, write_atomically
 
 N_HUBS_SHOWN = 12
+N_GENES_SHOWN = 4
 LABEL_LENGTH = 44
 COLOUR = "#2f6f8f"
 
@@ -57,7 +59,8 @@ def draw(out_dir: Path) -> int:
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.1, 0.8, 1.2))
     degree_distribution(left, degrees)
     edges_per_layer(middle, edges["target_layer"].to_numpy())
-    top_hubs(right, summary)
+    genes = {(row["layer"], row["feature"]): row["top_genes"] for row in features.to_pylist()}
+    top_hubs(right, summary, genes)
     figure.suptitle(
         f"Layer {summary['source_layer']}: {summary['n_features_traced']} features ablated one at a time, "
         f"{summary['total_edges']:,} edges"
@@ -86,13 +89,20 @@ def edges_per_layer(axes: Axes, target_layers: NDArray[np.integer]) -> None:
     axes.set(xlabel="target layer", ylabel="edges", title="Edges per layer")
 
 
-def top_hubs(axes: Axes, summary: Mapping[str, Any]) -> None:
-    """Bars of the features with most edges, with their labels."""
+def top_hubs(axes: Axes, summary: Mapping[str, Any], genes: Mapping[tuple[int, int], Sequence[str]]) -> None:
+    """Bars of the features with most edges, named by their labels or, without one, by their first top genes.
+
+    `genes` maps (layer, feature) to its top genes.
+    """
     hubs = summary["top_20_hubs"][:N_HUBS_SHOWN][::-1]
-    names = [f"F{hub['feature_idx']}  {_shortened(hub['label'])}" for hub in hubs]
+    names = []
+    for hub in hubs:
+        top_genes = ", ".join(genes.get((summary["source_layer"], hub["feature_idx"]), ())[:N_GENES_SHOWN])
+        named = hub["label"] if hub["label"] != UNANNOTATED else f"({top_genes or UNANNOTATED})"
+        names.append(f"F{hub['feature_idx']}  {_shortened(named)}")
     axes.barh(names, [hub["total_edges"] for hub in hubs], color=COLOUR)
     axes.tick_params(axis="y", labelsize=8)
-    axes.set(xlabel="edges", title="Top hubs")
+    axes.set(xlabel="edges", title="Top hubs: label, or (top genes)")
 
 
 def _shortened(label: str) -> str:

@@ -81,7 +81,11 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_training_flags(group: Any) -> None:
     add = group.add_argument
     add("--layers", type=cli.layer_list, default="0,5,6,11,17",
-        help="blocks whose output gets an SAE, counted from 0; every layer that an experiment will read")  # fmt: skip
+        help="blocks whose output gets an SAE, counted from 0; all that an experiment will read")  # fmt: skip
+    add("--existing-saes", action="store_true",
+        help="train nothing: make catalog and (with --gmt) labels of the SAEs that --data-root holds")  # fmt: skip
+    add("--sae-run", default=None, metavar="NAME",
+        help="with --existing-saes, which of several SAEs of a layer to take, e.g. x4_k32")  # fmt: skip
     add("--expansion", type=cli.natural, default=4, help="features per dimension of the residual stream")
     add("--k", type=cli.natural, default=32, help="features active at a position")
     add("--epochs", type=cli.natural, default=10, help="times that every training row is seen")
@@ -90,6 +94,9 @@ def _add_training_flags(group: Any) -> None:
     add("--batch-size", type=cli.natural, default=512, help="rows per step")
     add("--train-rows", type=cli.natural, default=1_000_000,
         help="gene positions to train on, drawn from all training cells; all where there are fewer")  # fmt: skip
+    add("--mask-share", type=cli.fraction, default=0.0, metavar="SHARE",
+        help="share of the genes of the training cells that show the mask token. The experiments never mask; with a "
+        "few percent the SAE also stands in for the stream where the model predicts a masked gene")  # fmt: skip
     add("--sae-seed", type=_whole, default=42,
         help="seed of everything but the draw of cells: split, rows, weights, masks, random gene lists")  # fmt: skip
     add("--max-memory-gb", type=_positive, default=8.0,
@@ -131,7 +138,7 @@ def _run(args: argparse.Namespace) -> int:
 
     # torch and transformers take seconds to import: only once the cheap checks are done
     from cellcircuits.inputs import open_cells, open_model
-    from cellcircuits.preparation import Preparation, prepare, table_lines
+    from cellcircuits.preparation import Preparation, catalog_existing, prepare, table_lines
 
     settings = _settings(args)
     loaded = open_model(args)
@@ -140,8 +147,8 @@ def _run(args: argparse.Namespace) -> int:
     split = _split(args, inputs)
     record = _record(args, inputs, split, gmt_files)
     terms = _terms(args, inputs, gmt_files)
-    results = prepare(Preparation(args.data_root, inputs, split, settings, terms, record))
-    print("\n".join(table_lines(results)))
+    work = Preparation(args.data_root, inputs, split, settings, terms, record)
+    print("\n".join(catalog_existing(work, args.sae_run) if args.existing_saes else table_lines(prepare(work))))
     return 0
 
 
@@ -158,6 +165,7 @@ def _settings(args: argparse.Namespace) -> "PreparationSettings":
         ),
         annotation=AnnotationSettings(seed=args.sae_seed),
         train_rows=args.train_rows,
+        mask_share=args.mask_share,
         min_firings=args.min_firings,
         n_top_genes=args.top_genes,
         n_loss_cells=args.loss_cells,

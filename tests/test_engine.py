@@ -345,7 +345,6 @@ class TestWhereTheSourceIsActive:
             assert not traced.effects(6, layer).any()
         assert {edge[0] for edge in traced.edges} == {7}
 
-
     def test_zero_whatever_a_batch_does_to_the_rounding(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Kernels round differently at other batch sizes (GPUs always); an effect of exactly 0 must not see that."""
         model, saes, cells = small(12, 10)

@@ -198,3 +198,48 @@ def test_help_comes_without_torch():
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert "--gmt" in done.stdout and "example" in done.stdout
+
+
+def test_masked_genes_are_shown_in_training_only(flags, monkeypatch):
+    seen, counted = [], []
+    real_rows, real_add = preparation.collect_rows, preparation.GeneFeatureCounts.add_latents
+
+    def rows(model, cells, *rest):
+        seen.extend(cells)
+        return real_rows(model, cells, *rest)
+
+    def add(self, cell, *rest):
+        counted.append(cell)
+        real_add(self, cell, *rest)
+
+    monkeypatch.setattr(preparation, "collect_rows", rows)
+    monkeypatch.setattr(preparation.GeneFeatureCounts, "add_latents", add)
+    assert prepare_inputs.main([*flags, "--layers", "1", "--mask-share", "0.25"]) == 0
+    for cell in seen:
+        masked = np.flatnonzero(cell.tokens == 1)
+        assert len(masked) == max(1, round(0.25 * len(cell.gene_positions))) and set(masked) <= set(cell.gene_positions)
+    assert counted and not any((cell.tokens == 1).any() for cell in counted)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_saes_of_others_get_a_catalog_and_labels_and_stay_as_they_are(study, flags, gmt, capsys, flat):
+    root = study.data_root / "sae_models"
+    for folder in sorted(root.glob("layer*")):
+        (folder / "feature_annotations.json").unlink()
+        (folder / "feature_catalog.json").unlink()
+        if flat:
+            layer = int(folder.name[5:7])
+            (folder / "sae_final.pt").rename(root / f"sae_layer{layer}.pt")
+            (folder / "activation_mean.npy").rename(root / f"activation_mean_layer{layer}.npy")
+    before = contents(study.data_root)
+    command = [*flags, "--data-root", str(study.data_root), "--existing-saes", "--min-firings", "2"]
+    assert prepare_inputs.main(command) == 0
+    after = contents(study.data_root)
+    assert {name: after[name] for name in before} == before and len(after) == len(before) + 4
+    files = find_sae(study.data_root, 4)
+    catalog, sae = read(files.catalog), open_sae(files)
+    assert len(load_catalog(files.catalog, files.annotations, sae.n_features)) == sae.n_features
+    assert catalog["summary"]["k"] == sae.k and catalog["summary"]["n_alive"] > 5
+    capsys.readouterr()
+    assert prepare_inputs.main(command) == 2
+    assert "is there already" in capsys.readouterr().err

@@ -357,7 +357,7 @@ def test_broken_inputs_give_one_sentence(study: Study, tmp_path: Path, capsys: p
                                                "--downstream-layers", "4"))  # fmt: skip
     (folder / "feature_catalog.json").unlink()
     sentence = refusal(capsys, trace(study, tmp_path, "--sae-run", "x1_k4"))
-    assert "prepare_inputs.py" in sentence and "--layers 1" in sentence
+    assert "prepare_inputs.py" in sentence and "--layers 1 --existing-saes" in sentence
     study.cells.write_bytes(b"this is no HDF5 file")
     (folder / "feature_catalog.json").write_text('{"features": [{"feature_idx": 0, "activation_freq": 0.5}]}')
     assert str(study.cells) in refusal(capsys, trace(study, tmp_path, "--sae-run", "x1_k4"))

@@ -197,6 +197,7 @@ def selection_from(args: argparse.Namespace) -> CellSelection:
         control_values=tuple(value.strip() for value in args.control_values.split(",")),
         obs_filters=tuple(filters),
         n_cells=args.n_cells,
+        pool=max(CellSelection.pool, args.n_cells),
         seed=args.seed,
         counts=args.counts,
         gene_column=args.gene_column,

@@ -71,6 +71,10 @@ class GeneFeatureCounts:
         np.add.at(self.firings.reshape(-1), where, (values > 0).reshape(-1).astype(np.int32))
         np.add.at(self.n_seen, genes, 1)
 
+    def add_latents(self, cell: Cell, values: Tensor, indices: Tensor) -> None:
+        """Count the gene positions of a cell from what `TopKSAE.top_k` gave there, both (n_gene, k)."""
+        self.add(cell.tokens[cell.gene_positions], values.cpu().numpy(), indices.cpu().numpy())
+
 
 def gene_tokens(cells: Iterable[Cell]) -> tuple[np.ndarray, np.ndarray]:
     """Genes of the cells: ascending tokens (n_genes,), and the positions that hold each, (n_genes,)."""

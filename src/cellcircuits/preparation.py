@@ -5,10 +5,11 @@ training rows, one counts the catalog and judges the SAEs on held-out cells. `re
 and marks a layer as finished.
 """
 
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from cellcircuits.activations import (
     stream,
 )
 from cellcircuits.annotation import AnnotationSettings, annotate_catalog
+from cellcircuits.cells import Cell
 from cellcircuits.errors import UserError
 from cellcircuits.feature_stats import (
     GeneFeatureCounts,
@@ -38,9 +40,9 @@ from cellcircuits.feature_stats import (
     splice,
 )
 from cellcircuits.gene_sets import TermTable
-from cellcircuits.inputs import ModelAndCells
+from cellcircuits.inputs import ModelAndCells, open_saes
 from cellcircuits.jsonio import read_json, write_json
-from cellcircuits.results import settings_fingerprint
+from cellcircuits.results import setting_differences, settings_fingerprint
 from cellcircuits.sae_store import run_folder, save_sae
 from cellcircuits.sae_training import TrainingSettings, train_sae
 from sae_model import TopKSAE
@@ -71,6 +73,7 @@ class PreparationSettings:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     annotation: AnnotationSettings = field(default_factory=AnnotationSettings)
     train_rows: int = 1_000_000
+    mask_share: float = 0.0
     min_firings: int = 5
     n_top_genes: int = 20
     n_loss_cells: int = 20
@@ -103,6 +106,7 @@ class Preparation:
             "layer": layer,
             **asdict(settings.training),
             "train_rows": settings.train_rows,
+            "mask_share": settings.mask_share,
             "min_firings": settings.min_firings,
             "top_genes": settings.n_top_genes,
             "loss_cells": settings.n_loss_cells,
@@ -144,21 +148,13 @@ def _finished(work: Preparation, layer: int) -> dict[str, Any] | None:
         raise UserError(f"{path}: was not written by this script; choose another --data-root.")
     if not kept.get("finished"):
         return None
-    differences = _differences(kept["settings"], work.layer_record(layer))
+    differences = list(setting_differences(kept["settings"], json.loads(json.dumps(work.layer_record(layer)))))
     if differences:
         raise UserError(
             f"{folder}: was made with other settings ({'; '.join(differences)}); choose another --data-root, "
             "or repeat those settings to keep it."
         )
     return kept
-
-
-def _differences(kept: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{key} is {kept.get(key)!r} there and {current.get(key)!r} here"
-        for key in dict.fromkeys([*kept, *current])
-        if kept.get(key) != current.get(key)
-    ]
 
 
 def _groups(work: Preparation, layers: Sequence[int]) -> list[tuple[int, ...]]:
@@ -183,10 +179,7 @@ def _prepare_group(work: Preparation, layers: Sequence[int]) -> dict[int, dict[s
     losses = _losses_of_group(work, saes)
     results = {}
     for layer in layers:
-        catalog = build_catalog(
-            counts[layer], work.inputs.vocabulary, work.settings.min_firings, work.settings.n_top_genes
-        )
-        catalog["summary"] = {"layer": layer, "k": work.settings.training.k, **catalog["summary"]}
+        catalog = _catalog(work, layer, counts[layer], work.settings.training.k)
         quality = {
             **errors[layer].report(),
             "alive": catalog["summary"]["n_alive"] / catalog["summary"]["n_features"],
@@ -204,7 +197,8 @@ def _prepare_group(work: Preparation, layers: Sequence[int]) -> dict[int, dict[s
 def _train_group(
     work: Preparation, layers: Sequence[int]
 ) -> tuple[dict[int, TopKSAE], dict[int, StreamBaseline], dict[int, dict[str, Any]]]:
-    model, settings, train = work.inputs.loaded.model, work.settings, work.split.train
+    model, settings = work.inputs.loaded.model, work.settings
+    train = _with_masks(work)
     offsets = draw_rows([len(cell.gene_positions) for cell in train], settings.train_rows, settings.training.seed)
     rows = collect_rows(model, train, offsets, layers)
     saes, baselines, trainings = {}, {}, {}
@@ -218,6 +212,26 @@ def _train_group(
     return saes, baselines, trainings
 
 
+def _with_masks(work: Preparation) -> Sequence[Cell]:
+    """The training cells, a share of whose genes shows the mask token.
+
+    Raises:
+        UserError: masks are asked for and the dictionary has no mask token.
+    """
+    share, mask_token = work.settings.mask_share, work.inputs.vocabulary.mask
+    if not share:
+        return work.split.train
+    if mask_token is None:
+        raise UserError(f"--mask-share {share}: the model's dictionary has no <mask>; leave the flag out.")
+    rng = np.random.default_rng(work.settings.training.seed)
+    masked_cells = []
+    for cell in work.split.train:
+        tokens = cell.tokens.copy()
+        tokens[mask_positions(cell, share, rng)] = mask_token
+        masked_cells.append(replace(cell, tokens=tokens))
+    return masked_cells
+
+
 def _count_group(
     work: Preparation, saes: Mapping[int, TopKSAE], baselines: Mapping[int, StreamBaseline]
 ) -> tuple[dict[int, GeneFeatureCounts], dict[int, ReconstructionError]]:
@@ -229,8 +243,7 @@ def _count_group(
     errors = {layer: ReconstructionError() for layer in saes}
     for _, cell, streams in stream(work.inputs.loaded.model, cells, list(saes), "counting firings"):
         for layer, residual in streams.items():
-            values, indices = saes[layer].top_k(residual)
-            counts[layer].add(cell.tokens[cell.gene_positions], values.cpu().numpy(), indices.cpu().numpy())
+            counts[layer].add_latents(cell, *saes[layer].top_k(residual))
             if cell.row in held_out:
                 errors[layer].add(residual, saes[layer], baselines[layer])
     return counts, errors
@@ -258,6 +271,57 @@ def _losses_of_group(work: Preparation, saes: Mapping[int, TopKSAE]) -> dict[int
     return reports
 
 
+def catalog_existing(work: Preparation, run_name: str | None) -> list[str]:
+    """Catalog and label SAEs that others made, without touching them.
+
+    Args:
+        work: as for `prepare`; its training settings are not used.
+        run_name: which SAE of a layer to take when there are several.
+
+    Returns:
+        One line of text per layer on what was written.
+
+    Raises:
+        UserError: an SAE is missing or does not fit the model, or its catalog is there already.
+    """
+    layers = open_saes(work.data_root, work.settings.layers, run_name, work.inputs.loaded)
+    for opened in layers.values():
+        for path in (opened.files.catalog, opened.files.annotations if work.terms is not None else None):
+            if path is not None and path.exists():
+                raise UserError(f"{path}: is there already; move it away, or leave its layer out of --layers.")
+    tokens = gene_tokens(work.inputs.cells.cells)[0]
+    largest = max(catalog_bytes(len(tokens), opened.sae.n_features) for opened in layers.values())
+    lines = []
+    for group in layer_groups(work.settings.layers, largest, int(work.settings.max_memory_gb * 2**30)):
+        saes = {layer: layers[layer].sae for layer in group}
+        counts = {layer: GeneFeatureCounts.empty(tokens, sae.n_features) for layer, sae in saes.items()}
+        for _, cell, streams in stream(work.inputs.loaded.model, work.inputs.cells.cells, group, "counting firings"):
+            for layer, residual in streams.items():
+                counts[layer].add_latents(cell, *saes[layer].top_k(residual))
+        for layer in group:
+            catalog = _catalog(work, layer, counts[layer], saes[layer].k)
+            summary = _write_labels(work, catalog, layers[layer].files.annotations)
+            write_json(layers[layer].files.catalog, catalog)
+            labelled = f", {summary['rate']:.3f} labelled ({summary['null_rate']:.3f} by chance)" if summary else ""
+            alive = f"{catalog['summary']['n_alive']} of {catalog['summary']['n_features']} features alive"
+            lines.append(f"layer {layer}: {alive}{labelled}; {layers[layer].files.catalog}")
+    return lines
+
+
+def _catalog(work: Preparation, layer: int, counts: GeneFeatureCounts, k: int) -> dict[str, Any]:
+    catalog = build_catalog(counts, work.inputs.vocabulary, work.settings.min_firings, work.settings.n_top_genes)
+    return {**catalog, "summary": {"layer": layer, "k": k, **catalog["summary"]}}
+
+
+def _write_labels(work: Preparation, catalog: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
+    """Write the labels where there are gene sets; returns their summary."""
+    if work.terms is None:
+        return None
+    annotations = annotate_catalog(catalog, work.terms, work.settings.annotation)
+    write_json(path, annotations)
+    return {key: value for key, value in annotations["summary"].items() if key != "definitions"}
+
+
 def _write_layer(
     work: Preparation, layer: int, sae: TopKSAE, catalog: Mapping[str, Any], parts: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -272,11 +336,9 @@ def _write_layer(
     write_json(folder / RESULTS, results)  # from here on the folder is known as ours
     save_sae(sae, folder)
     write_json(folder / "feature_catalog.json", catalog)
-    if work.terms is not None:
-        annotations = annotate_catalog(catalog, work.terms, work.settings.annotation)
-        write_json(folder / "feature_annotations.json", annotations)
-        summary = annotations["summary"]
-        results["annotation"] = {key: value for key, value in summary.items() if key != "definitions"}
+    summary = _write_labels(work, catalog, folder / "feature_annotations.json")
+    if summary:
+        results["annotation"] = summary
     results |= {"finished": True, **parts, "provenance": work.inputs.provenance()}
     write_json(folder / RESULTS, results)
     return results

@@ -41,7 +41,7 @@ def claim_folder(out_dir: Path, settings: Mapping[str, Any], provenance: Mapping
         kept = read_json(path)
         if not isinstance(kept, dict) or not isinstance(kept.get("settings"), dict):
             raise UserError(f"{path}: is not the manifest of a run; choose another --out-dir.")
-        differences = list(_differences(kept["settings"], current))
+        differences = list(setting_differences(kept["settings"], current))
         if differences:
             raise UserError(
                 f"{out_dir}: holds a run with other settings ({'; '.join(differences)}); choose another --out-dir, or "
@@ -187,11 +187,12 @@ def report_lines(
         yield f"    {name:>10} {hub['total_edges']:>7} {hub['n_cells_active']:>5}  {hub['label']}"
 
 
-def _differences(kept: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+def setting_differences(kept: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    """Each setting that differs, in words; both are nested dicts of plain JSON values."""
     for key in dict.fromkeys([*kept, *current]):
         there, now = kept.get(key), current.get(key)
         if isinstance(there, dict) and isinstance(now, dict):
-            yield from _differences(there, now, f"{prefix}{key}.")
+            yield from setting_differences(there, now, f"{prefix}{key}.")
         elif there != now:
             yield f"{prefix}{key} is {_short(there)} there and {_short(now)} here"
 
