@@ -16,7 +16,7 @@ from cellcircuits.effects import Bench, CleanCell, ablation_effect
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import write_json
 from cellcircuits.stats import EdgeRule
-from cellcircuits.tracing import SAVE_EVERY_SECONDS, BlockEffects, block_shard, trace_block
+from cellcircuits.tracing import SAVE_EVERY_SECONDS, BlockEffects, CleanRuns, block_shard, trace_block
 
 log = logging.getLogger(__name__)
 SELF_CHECK_TOLERANCE = 1e-3
@@ -53,7 +53,7 @@ class Tracer:
         log.info("%d features to trace, %d of them already done", len(features), len(features) - n_left)
         if not left:
             return
-        clean = [self.bench.clean(c) for c in tqdm(self.cells, "clean runs", unit="cell", disable=None)]
+        clean = CleanRuns(self.bench, self.cells)
         self.check_engine(clean, features)
         with tqdm(total=n_left * len(clean), desc="tracing", unit="pair", disable=None) as bar:
             for block, wanted in left.items():

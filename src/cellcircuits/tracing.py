@@ -17,6 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cellcircuits.catalog import FeatureInfo
+from cellcircuits.cells import Cell
 from cellcircuits.effects import Bench, CleanCell
 from cellcircuits.errors import UserError
 from cellcircuits.graph_store import EDGE_SCHEMA, Shard
@@ -76,6 +77,25 @@ class BlockEffects:
             log.warning("%s is damaged (%s): its block is traced from its first cell.", path, type(error).__name__)
             self.effects[:], self.measured[:], self.seconds[:] = 0.0, False, 0.0
             self.n_cells_done = 0
+
+
+class CleanRuns(Sequence[CleanCell]):
+    """Clean runs of cells, each made when first asked for and then kept."""
+
+    def __init__(self, bench: Bench, cells: Sequence[Cell]) -> None:
+        """Bind the cells; nothing is run yet."""
+        self._bench, self._cells = bench, cells
+        self._runs: dict[int, CleanCell] = {}
+
+    def __len__(self) -> int:
+        """Number of cells."""
+        return len(self._cells)
+
+    def __getitem__(self, i: int) -> CleanCell:
+        """The clean run of cell `i`."""
+        if i not in self._runs:
+            self._runs[i] = self._bench.clean(self._cells[i])
+        return self._runs[i]
 
 
 def trace_block(
