@@ -28,7 +28,7 @@ $(VENV)/ready: requirements.txt
 	$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/ready-for-tests: $(VENV)/ready tests/requirements.txt
+$(VENV)/ready-for-tests: $(VENV)/ready tests/requirements.txt tests/lowest.txt
 	$(PIP) -r tests/requirements.txt $(CONSTRAINTS)
 	@touch $@
 

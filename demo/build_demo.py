@@ -10,6 +10,7 @@ packages with apt-get into demo/.cache/ unless --sources has them.
 import argparse
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -135,13 +136,18 @@ def make_saes(layout: Layout) -> dict[str, Any]:
     """Step `saes`: what a user would run on their own model."""
     _require(layout.model / "model.safetensors", "model")
     _require(layout.gene_sets, "gene_sets")
-    parts = {"--model": layout.model, "--data-path": layout.cells, "--data-root": layout.folder}
-    # relative paths, because they are recorded in results.json
+    # made beside the old ones, which the script would refuse to replace; relative paths, since they are recorded
+    fresh = layout.folder / ".fresh"
+    shutil.rmtree(fresh, ignore_errors=True)
+    parts = {"--model": layout.model, "--data-path": layout.cells, "--data-root": fresh}
     where = [word for flag, path in parts.items() for word in (flag, os.path.relpath(path, layout.folder.parent))]
     gmt = os.path.relpath(layout.gene_sets, layout.folder.parent)
     command = [sys.executable, str(SOURCE / "prepare_inputs.py"), *where, *SAE_FLAGS, "--gmt", f"GO_BP={gmt}"]
     if subprocess.run(command, cwd=layout.folder.parent, check=False).returncode != 0:
         raise UserError("src/prepare_inputs.py failed; its message stands above. Mend that, then: --steps saes")
+    shutil.rmtree(layout.folder / "sae_models", ignore_errors=True)
+    (fresh / "sae_models").replace(layout.folder / "sae_models")
+    fresh.rmdir()
     results = [read_json(path) for path in sorted((layout.folder / "sae_models").glob("*/results.json"))]
     return {
         f"L{result['layer']}": {key: value for key, value in result["quality"].items() if key != "definitions"}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from cellcircuits.catalog import MIN_ACTIVATION_FREQ
 from cellcircuits.cells import CellSelection, load_cells
 from cellcircuits.effects import Bench
 from cellcircuits.geneformer import load_model, n_positions
@@ -39,7 +40,7 @@ def measure_map(demo: Path) -> dict[str, Any]:
     layers = open_saes(demo, [SOURCE_LAYER, *TARGETS], None, loaded)
     bench = Bench(loaded.model, {layer: opened.sae for layer, opened in layers.items()}, SOURCE_LAYER)
     catalog = layers[SOURCE_LAYER].catalog or {}
-    features = [index for index, info in catalog.items() if info.activation_freq >= 0.001]
+    features = [index for index, info in catalog.items() if (info.activation_freq or 0.0) >= MIN_ACTIVATION_FREQ]
     clean = [bench.clean(cell) for cell in cells]
     rng = np.random.default_rng(SEED)
     observed, null = np.zeros(bench.n_targets), np.zeros(bench.n_targets)

@@ -8,7 +8,8 @@ blocks/ (what a later start resumes from). Running the same command again goes o
 """
 
 import argparse
-import os
+import logging
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cellcircuits import cli, graph_store, results
-from cellcircuits.catalog import FeatureInfo
+from cellcircuits.catalog import MIN_ACTIVATION_FREQ, FeatureInfo
 from cellcircuits.cells import CellSelection
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import write_json
@@ -25,7 +26,8 @@ from cellcircuits.stats import EdgeRule
 if TYPE_CHECKING:
     from cellcircuits.inputs import LayerSAE, ModelAndCells
 
-MIN_ACTIVATION_FREQ = 0.001
+log = logging.getLogger(__name__)
+EXPERIMENT = "exhaustive_feature_tracing"
 GO_ON = "everything finished is kept; run the same command again to go on."
 
 
@@ -62,21 +64,19 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="LIST_OR_FILE",
         help="only these features, e.g. 898,1762, or a file with one index per line",
     )
-    group.add_argument("--min-abs-d", type=float, default=0.5, help="an edge needs a larger |d| (default: 0.5)")
+    group.add_argument(
+        "--min-abs-d",
+        type=cli.non_negative,
+        default=EdgeRule.min_abs_d,
+        help="an edge needs a larger |d| (default: %(default)s)",
+    )
     group.add_argument(
         "--min-consistency", type=cli.fraction, default=0.7, help="and a larger sign consistency (default: 0.7)"
     )
     group.add_argument(
         "--batch-size", type=cli.natural, default=None, help="features per batch (default: what memory allows)"
     )
-    out_dir = os.environ.get("SAE_OUT_DIR", "results/exhaustive_tracing")
-    group.add_argument(
-        "--out-dir",
-        type=Path,
-        default=Path(out_dir),
-        metavar="FOLDER",
-        help="where results go (environment: SAE_OUT_DIR; default: %(default)s)",
-    )
+    cli.add_out_dir_flag(group, "where results go")
     group.add_argument("--analysis-only", action="store_true", help="summarise what the folder holds, trace nothing")
     return parser
 
@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     args = build_parser().parse_args(argv)
-    return cli.run_script(lambda: analyse(args.out_dir) if args.analysis_only else run(args), GO_ON)
+    return cli.run_script(lambda: report(args.out_dir) if args.analysis_only else run(args), GO_ON)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,13 +108,19 @@ def run(args: argparse.Namespace) -> int:
     features = chosen_features(args, catalog)
     opened = open_cells(args, loaded)
     rule = EdgeRule(args.min_abs_d, args.min_consistency)
-    fingerprint = results.claim_folder(args.out_dir, run_settings(args, opened, layers, rule), opened.provenance())
-    graph_store.write_features(args.out_dir, {n: (x.catalog or {}).values() for n, x in layers.items()})
+    if len(opened.cells.cells) < 2:
+        log.warning("Note: with fewer than two cells no effect has a size, so no edge can be called.")
     bench = Bench(loaded.model, {layer: opened_sae.sae for layer, opened_sae in layers.items()}, args.source_layer)
-    Tracer(args.out_dir, bench, opened.cells.cells, catalog, rule, fingerprint, args.batch_size).trace(features)
-    status = analyse(args.out_dir)
+    with results.exclusive(args.out_dir):
+        provenance = {**opened.provenance(), "saes": {n: str(x.files.checkpoint) for n, x in layers.items()}}
+        fingerprint = results.claim_folder(args.out_dir, run_settings(args, opened, layers, rule), provenance)
+        graph_store.write_features(args.out_dir, {n: x.features() for n, x in layers.items()})
+        tracer = Tracer(args.out_dir, bench, opened.cells.cells, catalog, rule, fingerprint, args.batch_size)
+        make_tables(args.out_dir)  # so that what earlier runs left can be looked up meanwhile
+        tracer.trace(features)
+        report(args.out_dir)
     print(f"Results: {args.out_dir} ({time.perf_counter() - started:.0f} s)")
-    return status
+    return 0
 
 
 def require_catalog(source: "LayerSAE", args: argparse.Namespace) -> dict[int, FeatureInfo]:
@@ -124,11 +130,31 @@ def require_catalog(source: "LayerSAE", args: argparse.Namespace) -> dict[int, F
         UserError: there is none; names the command that makes it.
     """
     if source.catalog is None:
-        raise UserError(
-            f"{source.files.catalog}: no such file; make it with: python src/prepare_inputs.py --layers "
-            f"{args.source_layer} --existing-saes --data-root {args.data_root} --data-path {args.data_path}"
-        )
+        raise UserError(f"{source.files.catalog}: no such file; make it with: {mend_command(args)}")
     return source.catalog
+
+
+def mend_command(args: argparse.Namespace) -> str:
+    """The command that makes the source layer's catalog, with the flags of this run that it shares."""
+    defaults = build_parser().parse_args([])
+    flags = (
+        "model",
+        "model_subfolder",
+        "model_revision",
+        "dicts",
+        "sae_run",
+        "cells",
+        "control_column",
+        "control_values",
+    )
+    flags += ("cell_line", "counts", "gene_column", "tokenization", "max_tokens", "min_mapped", "min_median_tokens")
+    changed = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) != getattr(defaults, flag)}
+    words = ["python", "src/prepare_inputs.py", "--existing-saes", "--layers", str(args.source_layer)]
+    for flag, value in {"data_root": args.data_root, "data_path": args.data_path, **changed}.items():
+        words += [f"--{flag.replace('_', '-')}", str(value)]
+    for column, value in args.obs_filter:
+        words += ["--obs-filter", f"{column}={value}"]
+    return shlex.join(words)
 
 
 def chosen_features(args: argparse.Namespace, catalog: dict[int, FeatureInfo]) -> list[int]:
@@ -139,7 +165,7 @@ def chosen_features(args: argparse.Namespace, catalog: dict[int, FeatureInfo]) -
     """
     end = max(catalog, default=-1) + 1 if args.end_idx is None else args.end_idx
     if args.features is None:
-        wanted = [i for i, info in catalog.items() if info.activation_freq >= MIN_ACTIVATION_FREQ]
+        wanted = [i for i, info in catalog.items() if (info.activation_freq or 0.0) >= MIN_ACTIVATION_FREQ]
     else:
         wanted = _listed_features(args.features)
         unknown = [feature for feature in wanted if feature not in catalog]
@@ -172,19 +198,12 @@ def _listed_features(text: str) -> list[int]:
 def run_settings(
     args: argparse.Namespace, opened: "ModelAndCells", layers: dict[int, "LayerSAE"], rule: EdgeRule
 ) -> dict[str, Any]:
-    """Everything that determines the numbers; which features are asked for does not."""
+    """Everything that determines the numbers; labels, and which features are asked for, do not."""
     from cellcircuits import sae_store
 
-    saes = {
-        str(layer): {
-            part: digest
-            for part, digest in sae_store.fingerprint(layer_sae.files).items()
-            if layer == args.source_layer or part in ("checkpoint", "mean")
-        }
-        for layer, layer_sae in layers.items()
-    }
+    saes = {str(layer): sae_store.fingerprint(layer_sae.files) for layer, layer_sae in layers.items()}
     return {
-        "experiment": "exhaustive_feature_tracing",
+        "experiment": EXPERIMENT,
         "source_layer": args.source_layer,
         "downstream_layers": [layer for layer in layers if layer != args.source_layer],
         "model": opened.loaded.fingerprint,
@@ -199,16 +218,28 @@ def run_settings(
     }
 
 
-def analyse(out_dir: Path) -> int:
-    """Make the tables and the summary from what the folder holds, and print the summary."""
+def make_tables(out_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[int, int]]:
+    """Make the tables and the summary from the shards of the folder.
+
+    Returns:
+        The summary, the facts of every traced feature, the number of edges per target layer.
+
+    Raises:
+        UserError: the folder holds no trace.
+    """
     settings = results.open_folder(out_dir)["settings"]
-    if settings.get("experiment") != "exhaustive_feature_tracing":
+    if settings.get("experiment") != EXPERIMENT:
         raise UserError(f"{out_dir}: holds another experiment ({settings.get('experiment')}); fix --out-dir.")
-    features, per_layer = graph_store.write_edges(out_dir, results.settings_fingerprint(settings))
-    graph_store.fill_degrees(out_dir, settings["source_layer"], features)
+    unnamed, per_layer = graph_store.write_edges(out_dir, results.settings_fingerprint(settings))
+    features = graph_store.fill_degrees(out_dir, settings["source_layer"], unnamed)
     summary = results.summarise(settings["source_layer"], features)
     write_json(out_dir / "exhaustive_summary.json", summary)
-    print("\n".join(results.report_lines(summary, features, per_layer)))
+    return summary, features, per_layer
+
+
+def report(out_dir: Path) -> int:
+    """Make the tables from what the folder holds and print the summary; returns the exit status."""
+    print("\n".join(results.report_lines(*make_tables(out_dir))))
     return 0
 
 

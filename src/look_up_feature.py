@@ -6,21 +6,17 @@ Reads features.parquet and edges.parquet of a finished (or running) trace and pr
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cellcircuits import cli
-from cellcircuits.catalog import UNANNOTATED
+from cellcircuits.catalog import display_name
 from cellcircuits.errors import UserError
-from cellcircuits.graph_store import read_table
-
-N_GENES_SHOWN = 4
+from cellcircuits.graph_store import read_edges, read_features
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,14 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--n-edges", type=cli.natural, default=10, help="edges to show per layer (default: %(default)s)"
     )
-    out_dir = os.environ.get("SAE_OUT_DIR", "results/exhaustive_tracing")
-    parser.add_argument(
-        "--out-dir",
-        type=Path,
-        default=Path(out_dir),
-        metavar="FOLDER",
-        help="folder of the trace (environment: SAE_OUT_DIR; default: %(default)s)",
-    )
+    cli.add_out_dir_flag(parser, "folder of the trace")
     return parser
 
 
@@ -53,13 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def look_up(args: argparse.Namespace) -> int:
     """Print what the trace in `args.out_dir` says about one feature."""
-    features = read_table(args.out_dir / "features.parquet")
-    edges = read_table(args.out_dir / "edges.parquet")
+    features = read_features(args.out_dir)
+    edges = read_edges(args.out_dir)
     layer = _source_layer(features) if args.layer is None else args.layer
     chosen = features.filter((pc.field("layer") == layer) & (pc.field("feature") == args.feature)).to_pylist()
     if not chosen:
         raise UserError(f"{args.out_dir / 'features.parquet'}: has no feature {args.feature} of layer {layer}.")
-    names = {(row["layer"], row["feature"]): _name(row) for row in features.to_pylist()}
+    names = {
+        (row["layer"], row["feature"]): display_name(row["label"], row["top_genes"]) for row in features.to_pylist()
+    }
     print("\n".join([*_facts(chosen[0]), *_edge_lines(edges, names, (layer, args.feature), args.n_edges)]))
     return 0
 
@@ -71,16 +62,10 @@ def _source_layer(features: pa.Table) -> int:
     return layers[0]
 
 
-def _name(row: dict[str, Any]) -> str:
-    """The label or, without one, the first top genes in parentheses."""
-    if row["label"] != UNANNOTATED or not row["top_genes"]:
-        return row["label"]
-    return f"({', '.join(row['top_genes'][:N_GENES_SHOWN])})"
-
-
 def _facts(row: dict[str, Any]) -> Iterable[str]:
     yield f"L{row['layer']}/F{row['feature']}  {row['label']}"
-    yield f"  fires at {100 * row['activation_freq']:.2f}% of gene positions"
+    if row["activation_freq"] is not None:
+        yield f"  fires at {100 * row['activation_freq']:.2f}% of gene positions"
     if row["is_traced"]:
         yield f"  {row['n_edges']} edges, measured in {row['n_cells_active']} cells where it is active"
     yield f"  top genes: {', '.join(row['top_genes']) or 'none'}"

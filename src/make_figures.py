@@ -6,7 +6,6 @@ Reads exhaustive_summary.json, features.parquet and edges.parquet; writes exhaus
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,12 +18,12 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from cellcircuits import cli
-from cellcircuits.catalog import UNANNOTATED
-from cellcircuits.graph_store import read_table
+from cellcircuits.catalog import display_name
+from cellcircuits.errors import UserError
+from cellcircuits.graph_store import read_edges, read_features
 from cellcircuits.jsonio import read_json, write_atomically
 
 N_HUBS_SHOWN = 12
-N_GENES_SHOWN = 4
 LABEL_LENGTH = 44
 COLOUR = "#2f6f8f"
 
@@ -32,14 +31,7 @@ COLOUR = "#2f6f8f"
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description="Draw degree distribution, edges per layer and top hubs of a trace.")
-    out_dir = os.environ.get("SAE_OUT_DIR", "results/exhaustive_tracing")
-    parser.add_argument(
-        "--out-dir",
-        type=Path,
-        default=Path(out_dir),
-        metavar="FOLDER",
-        help="folder of the trace (environment: SAE_OUT_DIR; default: %(default)s)",
-    )
+    cli.add_out_dir_flag(parser, "folder of the trace")
     return parser
 
 
@@ -51,9 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def draw(out_dir: Path) -> int:
     """Draw the trace in `out_dir` into one PNG."""
-    summary = read_json(out_dir / "exhaustive_summary.json")
-    features = read_table(out_dir / "features.parquet")
-    edges = read_table(out_dir / "edges.parquet")
+    path = out_dir / "exhaustive_summary.json"
+    summary = read_json(path)
+    if not isinstance(summary, dict) or not summary.keys() >= {"source_layer", "total_edges", "top_20_hubs"}:
+        raise UserError(f"{path}: is not the summary of a trace; run exhaustive_feature_tracing.py --analysis-only.")
+    features = read_features(out_dir)
+    edges = read_edges(out_dir)
     degrees = features.filter(pc.field("is_traced"))["n_edges"].to_numpy()
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.1, 0.8, 1.2))
@@ -95,10 +90,10 @@ def top_hubs(axes: Axes, summary: Mapping[str, Any], genes: Mapping[tuple[int, i
     `genes` maps (layer, feature) to its top genes.
     """
     hubs = summary["top_20_hubs"][:N_HUBS_SHOWN][::-1]
+    layer = summary["source_layer"]
     names = []
     for hub in hubs:
-        top_genes = ", ".join(genes.get((summary["source_layer"], hub["feature_idx"]), ())[:N_GENES_SHOWN])
-        named = hub["label"] if hub["label"] != UNANNOTATED else f"({top_genes or UNANNOTATED})"
+        named = display_name(hub["label"], genes.get((layer, hub["feature_idx"]), ()))
         names.append(f"F{hub['feature_idx']}  {_shortened(named)}")
     axes.barh(names, [hub["total_edges"] for hub in hubs], color=COLOUR)
     axes.tick_params(axis="y", labelsize=8)

@@ -62,6 +62,13 @@ def _positive(text: str) -> float:
     return value
 
 
+def _gene_set_file(text: str) -> tuple[str, str]:
+    ontology, equals, path = text.partition("=")
+    if not (ontology and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form ONTOLOGY=FILE, such as GO_BP=go_bp.gmt")
+    return ontology, path
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -118,7 +125,7 @@ def _add_catalog_flags(group: Any) -> None:
     add = group.add_argument
     add("--min-firings", type=cli.natural, default=5, help="firings from which on a gene can be a top gene")
     add("--top-genes", type=cli.natural, default=20, help="top genes listed and tested per feature")
-    add("--gmt", type=cli.column_filter, action="append", default=[], metavar="ONTOLOGY=FILE",
+    add("--gmt", type=_gene_set_file, action="append", default=[], metavar="ONTOLOGY=FILE",
         help="gene sets to label features with, such as GO_BP=go_bp.gmt; repeatable; GO_BP, KEGG and Reactome are "
         "the names that the experiments prefer")  # fmt: skip
 
@@ -134,11 +141,14 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError("--data-root is missing: name the folder to write to, or set SAE_DATA_ROOT.")
     cli.require_path(args.data_path, "--data-path", "SAE_DATA_PATH", folder=False)
     gmt_files = [read_gmt(Path(path), ontology) for ontology, path in args.gmt]
-    args.data_root.mkdir(parents=True, exist_ok=True)
+    try:
+        args.data_root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--data-root {args.data_root}: cannot be made a folder ({error.strerror}).") from None
 
     # torch and transformers take seconds to import: only once the cheap checks are done
     from cellcircuits.inputs import open_cells, open_model
-    from cellcircuits.preparation import Preparation, catalog_existing, prepare, table_lines
+    from cellcircuits.preparation import Preparation, complete_existing, prepare, table_lines
 
     settings = _settings(args)
     loaded = open_model(args)
@@ -148,7 +158,7 @@ def _run(args: argparse.Namespace) -> int:
     record = _record(args, inputs, split, gmt_files)
     terms = _terms(args, inputs, gmt_files)
     work = Preparation(args.data_root, inputs, split, settings, terms, record)
-    print("\n".join(catalog_existing(work, args.sae_run) if args.existing_saes else table_lines(prepare(work))))
+    print("\n".join(complete_existing(work, args.sae_run) if args.existing_saes else table_lines(prepare(work))))
     return 0
 
 
@@ -176,14 +186,16 @@ def _settings(args: argparse.Namespace) -> "PreparationSettings":
 def _check_sizes(args: argparse.Namespace, n_layers: int, d_model: int) -> None:
     if max(args.layers) >= n_layers:
         raise UserError(f"--layers {max(args.layers)}: this model has {n_layers} blocks, 0 to {n_layers - 1}.")
-    if args.k >= d_model:
+    if args.k >= d_model and not args.existing_saes:
         raise UserError(f"--k {args.k}: must be smaller than the width of the residual stream, {d_model}.")
 
 
 def _split(args: argparse.Namespace, inputs: "ModelAndCells") -> "CellSplit":
-    from cellcircuits.activations import split_at_random, split_by_column
+    from cellcircuits.activations import CellSplit, split_at_random, split_by_column
 
     cells = inputs.cells.cells
+    if args.existing_saes:
+        return CellSplit(train=cells, held_out=())
     if args.split_column:
         return split_by_column(cells, args.data_path, args.split_column, args.held_out_value)
     return split_at_random(cells, args.held_out, args.sae_seed)

@@ -120,8 +120,8 @@ def test_draw_is_the_legacy_one():
 def test_draw_from_a_file_and_fewer_cells_than_asked(tmp_path):
     path = write_cells(tmp_path / "a.h5ad", random_counts(40), GENES)
     drawn = load(path, pool=10, n_cells=5)
-    expected = np.sort(np.random.RandomState(42).choice(np.arange(40), 10, replace=False))[:5]
-    assert [cell.row for cell in drawn.cells] == expected.tolist()
+    expected = np.sort(np.random.RandomState(42).choice(np.arange(40), 5, replace=False))
+    assert [cell.row for cell in drawn.cells] == expected.tolist()  # over the whole file, not the start of a pool
     assert load(path, pool=10, n_cells=5, seed=7).fingerprint() != drawn.fingerprint()
     assert len(load(path, n_cells=500).cells) == 40
 
@@ -202,9 +202,9 @@ def test_auto_prefers_x_then_raw_then_layers_named_like_counts(tmp_path):
 def test_auto_looks_at_selected_rows_only(tmp_path):
     counts = random_counts()
     counts[20:] += 0.5
-    path = write_cells(tmp_path / "a.h5ad", counts, GENES)
-    assert len(load(path, n_cells=20).cells) == 20
-    assert "(cell cell20, gene ENSG00000000001)" in refusal(path, n_cells=21)
+    path = write_cells(tmp_path / "a.h5ad", counts, GENES, {"gene": np.array(["non-targeting"] * len(counts))})
+    assert len(load(path, cells="controls", n_cells=20).cells) == 20
+    assert "(cell cell20, gene ENSG00000000001)" in refusal(path, cells="controls", n_cells=21)
 
 
 @pytest.mark.parametrize(

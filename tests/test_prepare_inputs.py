@@ -232,14 +232,33 @@ def test_saes_of_others_get_a_catalog_and_labels_and_stay_as_they_are(study, fla
             (folder / "sae_final.pt").rename(root / f"sae_layer{layer}.pt")
             (folder / "activation_mean.npy").rename(root / f"activation_mean_layer{layer}.npy")
     before = contents(study.data_root)
-    command = [*flags, "--data-root", str(study.data_root), "--existing-saes", "--min-firings", "2"]
+    command = [*flags, "--data-root", str(study.data_root), "--existing-saes", "--k", "32"]
+    without_labels = [word for word in command if word != "--gmt" and not word.startswith("GO_BP=")]
+    assert prepare_inputs.main(without_labels) == 0
+    middle = contents(study.data_root)
+    assert {name: middle[name] for name in before} == before and len(middle) == len(before) + 2
     assert prepare_inputs.main(command) == 0
     after = contents(study.data_root)
-    assert {name: after[name] for name in before} == before and len(after) == len(before) + 4
+    assert {name: after[name] for name in middle} == middle and len(after) == len(before) + 4
     files = find_sae(study.data_root, 4)
     catalog, sae = read(files.catalog), open_sae(files)
     assert len(load_catalog(files.catalog, files.annotations, sae.n_features)) == sae.n_features
     assert catalog["summary"]["k"] == sae.k and catalog["summary"]["n_alive"] > 5
+    assert prepare_inputs.main(command) == 0
+    assert contents(study.data_root) == after
+    files.catalog.unlink()
     capsys.readouterr()
     assert prepare_inputs.main(command) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "labels without their catalog" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["sae_final.pt", "activation_mean.npy", "feature_catalog.json"])
+def test_a_file_that_is_gone_is_made_again(flags, tmp_path, name):
+    assert prepare_inputs.main(flags) == 0
+    before = contents(tmp_path / "made")
+    (tmp_path / "made" / "sae_models" / "layer04_x2_k4" / name).unlink()
+    assert prepare_inputs.main(flags) == 0
+    after = contents(tmp_path / "made")
+    assert {key: after[key] for key in before if "results" not in key} == {
+        key: before[key] for key in before if "results" not in key
+    }

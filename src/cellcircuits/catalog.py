@@ -1,6 +1,6 @@
 """Feature catalog and labels: which features exist, how often they fire, what they are called."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,17 @@ from cellcircuits.errors import UserError
 from cellcircuits.jsonio import read_json
 
 UNANNOTATED = "unannotated"
+MIN_ACTIVATION_FREQ = 0.001  # below it a feature is dead to the experiments
+N_GENES_SHOWN = 4
 PREFERRED_ONTOLOGIES = ("GO_BP", "KEGG", "Reactome")
 
 
 @dataclass(frozen=True)
 class FeatureInfo:
-    """One feature of the catalog; `activation_freq` is its share of token positions, 0 to 1."""
+    """One feature; `activation_freq` is its share of token positions, 0 to 1, None where there is no catalog."""
 
     index: int
-    activation_freq: float
+    activation_freq: float | None
     label: str
     top_genes: tuple[str, ...]
 
@@ -40,7 +42,7 @@ def load_catalog(path: Path, annotations_path: Path | None, n_features: int) -> 
     annotations = read_annotations(annotations_path) if annotations_path else {}
     try:
         features = [_feature_info(entry, annotations) for entry in content["features"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: not a feature catalog ({type(error).__name__}: {error}).") from None
     for feature in features:
         if not 0 <= feature.index < n_features:
@@ -62,7 +64,9 @@ def read_annotations(path: Path) -> Mapping[str, list[dict[str, Any]]]:
     if not isinstance(annotations, dict):
         raise UserError(f"{path}: has no `feature_annotations` table.")
     for index, entries in annotations.items():
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) and "term" in entry for entry in entries):
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and isinstance(entry.get("term"), str) for entry in entries
+        ):
             raise UserError(f"{path}: feature {index} needs a list of entries that each have a `term`.")
     return annotations
 
@@ -71,13 +75,27 @@ def label_of(entries: list[dict[str, Any]]) -> str:
     """The term of the first GO_BP, KEGG or Reactome entry, else of the first entry, else `unannotated`."""
     for entry in entries:
         if entry.get("ontology") in PREFERRED_ONTOLOGIES:
-            return str(entry["term"])
-    return str(entries[0]["term"]) if entries else UNANNOTATED
+            return _printable(entry["term"])
+    return _printable(entries[0]["term"]) if entries else UNANNOTATED
+
+
+def display_name(label: str, top_genes: Sequence[str]) -> str:
+    """The label or, without one, the first top genes in parentheses."""
+    if label != UNANNOTATED or not top_genes:
+        return label
+    return f"({', '.join(top_genes[:N_GENES_SHOWN])})"
+
+
+def _printable(text: str) -> str:
+    """One line of valid Unicode, whatever the file holds."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 def _feature_info(entry: Mapping[str, Any], annotations: Mapping[str, list[dict[str, Any]]]) -> FeatureInfo:
-    index, frequency = int(entry["feature_idx"]), float(entry["activation_freq"])
+    index, frequency = entry["feature_idx"], float(entry["activation_freq"])
+    if type(index) is not int:
+        raise ValueError(f"feature_idx {index!r} is not an integer")
     if not 0.0 <= frequency <= 1.0:
         raise ValueError(f"feature {index} has activation_freq {frequency}, expected a share from 0 to 1")
-    genes = tuple(str(gene.get("gene_name", gene.get("gene_id"))) for gene in entry.get("top_genes", ()))
+    genes = tuple(_printable(str(gene.get("gene_name", gene.get("gene_id")))) for gene in entry.get("top_genes", ()))
     return FeatureInfo(index, frequency, label_of(annotations.get(str(index), [])), genes)

@@ -50,7 +50,8 @@ class CellSelection:
         control_values: its values for controls.
         obs_filters: (column, value) pairs, compared as text; pairs of one column mean any of the values.
         n_cells: cells to take.
-        pool: rows drawn first when there are more; the first `n_cells` of them, in file order, are taken.
+        pool: controls drawn first when there are more; the first `n_cells` of them, in file order, are taken.
+            With `all`, `n_cells` rows are drawn at once.
         seed: seed of that draw.
         counts: `auto`, `X`, `raw` or `layer:NAME`.
         gene_column: `auto`, `index` or a column of var.
@@ -136,7 +137,9 @@ def load_cells(path: Path, vocabulary: GeneVocabulary, selection: CellSelection,
     with H5adFile(path) as file:
         obs = file.obs()
         matched = select_rows(obs, selection, str(path))
-        rows = draw_rows(matched, selection.pool, selection.n_cells, selection.seed)
+        # the first rows of a pool of all cells would come from the start of the file: one donor, one tissue
+        pool = selection.pool if selection.cells == "controls" else selection.n_cells
+        rows = draw_rows(matched, pool, selection.n_cells, selection.seed)
         matrix = read_counts(file, selection.counts, rows, obs.index)
         where = f"{path}: {file.var_name(matrix.name)}"
     totals = np.asarray(matrix.counts.sum(axis=0)).ravel()  # (n_columns,)

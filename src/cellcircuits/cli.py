@@ -6,12 +6,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from cellcircuits.cells import CellSelection
 from cellcircuits.errors import UserError
+from cellcircuits.tokenizer import TOKENIZATIONS
 
 DEFAULT_MODEL = "ctheodoris/Geneformer"
 DEFAULT_SUBFOLDER = "Geneformer-V2-316M"
+DEFAULT_OUT_DIR = Path("results/exhaustive_tracing")
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -51,6 +54,21 @@ def fraction(text: str) -> float:
         value = -1.0
     if not 0.0 <= value <= 1.0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def non_negative(text: str) -> float:
+    """Parse a finite number of at least 0.
+
+    Raises:
+        argparse.ArgumentTypeError: something else.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return value
 
 
@@ -103,8 +121,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_cell_flags(parser: argparse.ArgumentParser, defaults: CellSelection) -> None:
     """Add `--data-path` and the flags that choose and tokenize cells."""
-    group = parser.add_argument_group("cells")
-    add = group.add_argument
+    _add_choice_flags(parser.add_argument_group("which cells").add_argument, defaults)
+    _add_token_flags(parser.add_argument_group("from counts to tokens").add_argument, defaults)
+
+
+def _add_choice_flags(add: Callable[..., Any], defaults: CellSelection) -> None:
     add(
         "--data-path",
         type=Path,
@@ -117,7 +138,8 @@ def add_cell_flags(parser: argparse.ArgumentParser, defaults: CellSelection) -> 
         "--cells",
         choices=("controls", "all"),
         default=defaults.cells,
-        help="controls: rows whose control column says so; all: every row (default: %(default)s)",
+        help="controls: rows whose control column says so (of more than 2,000, the first --n-cells of 2,000 drawn, as "
+        "in the study); all: any row, drawn over the whole file (default: %(default)s)",
     )
     add(
         "--control-column",
@@ -146,6 +168,10 @@ def add_cell_flags(parser: argparse.ArgumentParser, defaults: CellSelection) -> 
         help="short for --obs-filter cell_line=NAME; the Replogle file mixes four lines, the published run "
         "did not filter",
     )
+    add("--seed", type=int, default=defaults.seed, help="seed of the draw of cells (default: %(default)s)")
+
+
+def _add_token_flags(add: Callable[..., Any], defaults: CellSelection) -> None:
     add(
         "--counts",
         default=defaults.counts,
@@ -160,7 +186,7 @@ def add_cell_flags(parser: argparse.ArgumentParser, defaults: CellSelection) -> 
     )
     add(
         "--tokenization",
-        choices=("published", "geneformer"),
+        choices=TOKENIZATIONS,
         default=defaults.tokenization,
         help="published: log1p before the gene medians, as the study did; geneformer: without, as the model was "
         "trained (default: %(default)s)",
@@ -185,7 +211,17 @@ def add_cell_flags(parser: argparse.ArgumentParser, defaults: CellSelection) -> 
         metavar="N",
         help="refuse the file when the median cell has fewer gene tokens (default: %(default)s)",
     )
-    add("--seed", type=int, default=defaults.seed, help="seed of the draw of cells (default: %(default)s)")
+
+
+def add_out_dir_flag(parser: argparse._ActionsContainer, what: str) -> None:
+    """Add `--out-dir`."""
+    parser.add_argument(
+        "--out-dir",
+        type=Path,
+        default=_from_environment("SAE_OUT_DIR") or DEFAULT_OUT_DIR,
+        metavar="FOLDER",
+        help=f"{what} (environment: SAE_OUT_DIR; default: %(default)s)",
+    )
 
 
 def selection_from(args: argparse.Namespace) -> CellSelection:
@@ -243,6 +279,9 @@ def run_script(main: Callable[[], int], go_on: str) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(f"\ninterrupted: {go_on}", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cellcircuits.cells import Cell
 from cellcircuits.device import batch_memory
+from cellcircuits.errors import UserError
 from cellcircuits.geneformer import edited, residuals
 from cellcircuits.interventions import remove_features
 from cellcircuits.tail import MeasuredPositions, Tail
@@ -71,6 +72,41 @@ class CleanCell:
         return at_rows.values[at_rows.features == feature]
 
 
+@torch.inference_mode()
+def ablation_effect(bench: "Bench", cell: Cell, feature: int) -> dict[int, NDArray[np.float64]] | None:
+    """Effect of removing one feature, by two full hooked forward passes: the definition, slow and readable.
+
+    Args:
+        bench: model and SAEs.
+        cell: the cell.
+        feature: source feature.
+
+    Returns:
+        {target layer: (n_features,)}, or None where the feature is active nowhere: that is not an effect of 0.
+    """
+    tokens = torch.from_numpy(cell.tokens).to(bench.device)[None]
+    positions = torch.from_numpy(cell.gene_positions).to(bench.device)
+    source = bench.saes[bench.source_layer]
+    clean = residuals(bench.model, tokens, [bench.source_layer, *bench.targets])
+    active = (source.top_k(clean[bench.source_layer][0, positions])[1] == feature).any(-1)  # (n_gene,)
+    if not active.any():
+        return None
+    with edited(bench.model, {bench.source_layer: remove_features(source, positions, [feature])}):
+        ablated = residuals(bench.model, tokens, bench.targets)
+    return {
+        layer: _mean_change(
+            TopKLatents.of(bench.saes[layer], clean[layer][0, positions[active]]),
+            TopKLatents.of(bench.saes[layer], ablated[layer][0, positions[active]]),
+            bench.saes[layer],
+        )
+        for layer in bench.targets
+    }
+
+
+def _mean_change(clean: TopKLatents, ablated: TopKLatents, sae: TopKSAE) -> NDArray[np.float64]:
+    return (ablated.total(sae.n_features) - clean.total(sae.n_features)) / len(clean.values)
+
+
 class Bench:
     """A model with its SAEs, set up to measure the features of one source layer."""
 
@@ -92,9 +128,17 @@ class Bench:
         """Run one cell unedited.
 
         The targets are read through the tail too, so that clean and ablated latents share their rounding.
+
+        Raises:
+            UserError: the model gives NaN or infinite values.
         """
         tokens = torch.from_numpy(cell.tokens).to(self.device)[None]
         residual = residuals(self.model, tokens, [self.source_layer])[self.source_layer]  # (1, n_pos, d_model)
+        if not torch.isfinite(residual).all():
+            raise UserError(
+                f"cell {cell.name}: the model's layer {self.source_layer} holds NaN or infinite values; check the "
+                "model's weights, or compute on another --device."
+            )
         everywhere = MeasuredPositions.of([cell.gene_positions], self.device)
         source = TopKLatents.of(self.saes[self.source_layer], residual[0, everywhere.position])
         targets = {
@@ -156,38 +200,3 @@ class Bench:
         """How many features of a cell of `n_pos` tokens fit in memory as one batch."""
         itemsize = self.model.dtype.itemsize
         return max(1, batch_memory(self.device) // self.tail.bytes_per_stream(n_pos, itemsize))
-
-
-def _mean_change(clean: TopKLatents, ablated: TopKLatents, sae: TopKSAE) -> NDArray[np.float64]:
-    return (ablated.total(sae.n_features) - clean.total(sae.n_features)) / len(clean.values)
-
-
-@torch.inference_mode()
-def ablation_effect(bench: Bench, cell: Cell, feature: int) -> dict[int, NDArray[np.float64]] | None:
-    """Effect of removing one feature, by two full hooked forward passes: the definition, slow and readable.
-
-    Args:
-        bench: model and SAEs.
-        cell: the cell.
-        feature: source feature.
-
-    Returns:
-        {target layer: (n_features,)}, or None where the feature is active nowhere: that is not an effect of 0.
-    """
-    tokens = torch.from_numpy(cell.tokens).to(bench.device)[None]
-    positions = torch.from_numpy(cell.gene_positions).to(bench.device)
-    source = bench.saes[bench.source_layer]
-    clean = residuals(bench.model, tokens, [bench.source_layer, *bench.targets])
-    active = (source.top_k(clean[bench.source_layer][0, positions])[1] == feature).any(-1)  # (n_gene,)
-    if not active.any():
-        return None
-    with edited(bench.model, {bench.source_layer: remove_features(source, positions, [feature])}):
-        ablated = residuals(bench.model, tokens, bench.targets)
-    return {
-        layer: _mean_change(
-            TopKLatents.of(bench.saes[layer], clean[layer][0, positions[active]]),
-            TopKLatents.of(bench.saes[layer], ablated[layer][0, positions[active]]),
-            bench.saes[layer],
-        )
-        for layer in bench.targets
-    }

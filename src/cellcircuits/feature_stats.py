@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import BertForMaskedLM
 
+from cellcircuits.catalog import MIN_ACTIVATION_FREQ
 from cellcircuits.cells import Cell
 from cellcircuits.geneformer import Edit, edited, masked_logits
 from cellcircuits.vocabulary import GeneVocabulary
@@ -23,7 +24,6 @@ from sae_model import TopKSAE
 PlacedEdit = tuple[int, Callable[[Tensor], Edit]]
 PCA_CHUNK_ROWS = 16_384
 COUNT_BYTES = 12
-TRACEABLE_FREQ = 0.001
 
 CATALOG_DEFINITIONS = {
     "fires": "the feature is among the k of a gene position and its latent there is > 0",
@@ -117,7 +117,7 @@ def build_catalog(
         "n_features": len(features),
         "n_alive": len(features) - n_dead,
         "n_dead": n_dead,
-        "n_traceable": sum(feature["activation_freq"] >= TRACEABLE_FREQ for feature in features),
+        "n_traceable": sum(feature["activation_freq"] >= MIN_ACTIVATION_FREQ for feature in features),
         "n_positions": n_positions,
         "n_genes": len(counts.tokens),
         "min_firings": min_firings,

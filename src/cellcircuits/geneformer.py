@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, BertForMaskedLM, PretrainedConfig
+from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
 from cellcircuits.errors import UserError
@@ -59,8 +59,12 @@ def load_model(source: str, subfolder: str | None = None, revision: str | None =
             model, info = BertForMaskedLM.from_pretrained(
                 source, config=config, dtype=torch.float32, output_loading_info=True, **where
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except UserError:
+        raise
+    except Exception as error:  # a damaged folder makes transformers and its parsers raise almost anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "mismatched" in str(error):
+            reason = "its weights and its config.json are of different sizes"
         raise UserError(f"--model {source}: cannot be loaded ({reason}).") from None
     _require_all_weights(source, info)
     model.eval().requires_grad_(False)
@@ -217,6 +221,10 @@ def _require_known_architecture(source: str, config: PretrainedConfig) -> None:
         found = getattr(config, field, value)
         if found != value:
             raise UserError(f"--model {source}: config.json has {field} = {found!r}; a Geneformer has {value!r}.")
+    if config.hidden_act not in ACT2FN:
+        raise UserError(
+            f"--model {source}: config.json has hidden_act = {config.hidden_act!r}, which is no activation."
+        )
 
 
 def _require_all_weights(source: str, info: Mapping[str, Any]) -> None:
@@ -225,6 +233,13 @@ def _require_all_weights(source: str, info: Mapping[str, Any]) -> None:
         names = ", ".join(sorted(map(str, [*missing, *info["mismatched_keys"]]))[:3])
         raise UserError(
             f"--model {source}: the weights lack or misfit {names}; this is not a complete BertForMaskedLM."
+        )
+    used = ("bert.encoder.", "bert.embeddings.")
+    left_over = [name for name in info["unexpected_keys"] if name.startswith(used) and "position_ids" not in name]
+    if left_over:
+        raise UserError(
+            f"--model {source}: the weights hold {sorted(left_over)[0]}, for which config.json has no place; take the "
+            "config.json that belongs to them."
         )
 
 

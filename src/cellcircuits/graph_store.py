@@ -7,7 +7,7 @@ functions of the shards.
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cellcircuits.catalog import FeatureInfo
+from cellcircuits.catalog import UNANNOTATED, FeatureInfo
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import write_atomically
 from cellcircuits.results import feature_record
@@ -64,10 +64,12 @@ class Shard:
         order = [(name, "ascending") for name in ("source", "target_layer", "target")]
         return Shard(dict(sorted({**self.facts, **other.facts}.items())), edges.sort_by(order))
 
-    def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(feature index, its JSON record) of every feature."""
+    def records(self, catalog: Mapping[int, FeatureInfo]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(feature index, its JSON record) of every feature; labels and frequencies are the catalog's."""
         for feature, facts in self.facts.items():
-            yield feature, feature_record(facts, _edges_by_layer(self.edges, feature))
+            info = catalog[feature]
+            named = {**facts, "label": info.label, "activation_freq": info.activation_freq}
+            yield feature, feature_record(named, _edges_by_layer(self.edges, feature))
 
 
 def block_of(feature: int) -> int:
@@ -98,7 +100,9 @@ def read_shard(path: Path, fingerprint: str) -> Shard | None:
         if not edges.schema.equals(EDGE_SCHEMA):
             raise ValueError("other columns")
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s is damaged (%s): its features do not count and are traced again.", path, type(error).__name__)
+        log.warning(
+            "%s is damaged (%s): its features do not count until they are traced again.", path, type(error).__name__
+        )
         return None
     if any(entry.get("fingerprint") != fingerprint for entry in facts.values()):
         log.warning("%s belongs to a run with other settings: its features do not count.", path)
@@ -137,8 +141,8 @@ def write_edges(out_dir: Path, fingerprint: str) -> tuple[list[dict[str, Any]], 
     return features, per_layer
 
 
-def write_features(out_dir: Path, catalogs: Mapping[int, Iterable[FeatureInfo]]) -> None:
-    """Make `features.parquet`: one row per catalog feature of the source and target layers, degrees still empty."""
+def write_features(out_dir: Path, catalogs: Mapping[int, Sequence[FeatureInfo]]) -> None:
+    """Make `features.parquet`: one row per feature of the source and target layers, degrees still empty."""
     rows = [
         {
             "layer": layer,
@@ -156,26 +160,49 @@ def write_features(out_dir: Path, catalogs: Mapping[int, Iterable[FeatureInfo]])
     _write_table(out_dir / "features.parquet", pa.Table.from_pylist(rows, schema=FEATURE_SCHEMA))
 
 
-def fill_degrees(out_dir: Path, source_layer: int, features: Sequence[Mapping[str, Any]]) -> None:
-    """Enter active cells and out-degree of every traced feature into `features.parquet`."""
+def fill_degrees(out_dir: Path, source_layer: int, features: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Enter active cells and out-degree of every traced feature into `features.parquet`.
+
+    Returns:
+        The features with their labels added.
+    """
     traced = {(source_layer, facts["feature_idx"]): facts for facts in features}
-    rows = read_table(out_dir / "features.parquet").to_pylist()
+    rows = read_features(out_dir).to_pylist()
+    labels = {}
     for row in rows:
         facts = traced.get((row["layer"], row["feature"]))
         row["is_traced"] = facts is not None
         row["n_cells_active"] = facts["n_cells_active"] if facts else None
         row["n_edges"] = facts["n_edges"] if facts else None
+        labels[row["layer"], row["feature"]] = row["label"]
     _write_table(out_dir / "features.parquet", pa.Table.from_pylist(rows, schema=FEATURE_SCHEMA))
+    return [{**facts, "label": labels.get(key, UNANNOTATED)} for key, facts in traced.items()]
 
 
-def read_table(path: Path) -> pa.Table:
-    """Read a Parquet table of a run.
+def read_edges(out_dir: Path) -> pa.Table:
+    """Read `edges.parquet` of a trace.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: it is missing, damaged or of another form.
     """
+    return _read_table(out_dir / "edges.parquet", EDGE_SCHEMA)
+
+
+def read_features(out_dir: Path) -> pa.Table:
+    """Read `features.parquet` of a trace.
+
+    Raises:
+        UserError: it is missing, damaged or of another form.
+    """
+    return _read_table(out_dir / "features.parquet", FEATURE_SCHEMA)
+
+
+def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
     try:
-        return pq.read_table(path, partitioning=None)
+        table = pq.read_table(path, partitioning=None)
+        if not table.schema.equals(schema):
+            raise pa.ArrowInvalid("other columns")
+        return table
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run exhaustive_feature_tracing.py into this folder first.") from None
     except (pa.ArrowException, OSError) as error:

@@ -122,22 +122,23 @@ class H5adFile:
         """
         with _reading(self.path, matrix):
             stored = self._file[_key(matrix)]
-            source = stored if isinstance(stored, h5py.Dataset) else sparse_dataset(stored)
-            dtype = stored.dtype if isinstance(stored, h5py.Dataset) else stored["data"].dtype
-        if tuple(source.shape) != shape:
+            is_dense = isinstance(stored, h5py.Dataset)
+            source = stored if is_dense else sparse_dataset(stored)
+            dtype = stored.dtype if is_dense else stored["data"].dtype
+            starts = None if is_dense else stored["indptr"]
+            found_shape = tuple(source.shape)
+        if found_shape != shape:
             raise UserError(
-                f"{self.path}: {matrix} has shape {tuple(source.shape)}, but its tables describe "
+                f"{self.path}: {matrix} has shape {found_shape}, but its tables describe "
                 f"{shape[0]} cells and {shape[1]} genes; the file is damaged."
             )
         if dtype.kind not in "biuf":
             raise UserError(f"{self.path}: {matrix} holds no numbers (type {dtype}).")
-        if isinstance(source, h5py.Dataset):
-            raw_blocks = _dense_blocks(source, rows)
-        elif source.format == "csr":
-            raw_blocks = _csr_blocks(source, rows, stored["indptr"])
-        else:
-            raw_blocks = _csc_blocks(source, rows, stored["indptr"])
         with _reading(self.path, matrix):
+            if starts is None:
+                raw_blocks = _dense_blocks(source, rows)
+            else:
+                raw_blocks = (_csr_blocks if source.format == "csr" else _csc_blocks)(source, rows, starts)
             for block in raw_blocks:
                 yield _canonical(block)
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from cellcircuits import cli, sae_store
-from cellcircuits.catalog import FeatureInfo, load_catalog
+from cellcircuits.catalog import UNANNOTATED, FeatureInfo, load_catalog
 from cellcircuits.cells import CellSet, load_cells
 from cellcircuits.device import choose_device, describe_device
 from cellcircuits.errors import UserError
@@ -53,6 +53,12 @@ class LayerSAE:
     files: sae_store.SAEFiles
     sae: TopKSAE
     catalog: dict[int, FeatureInfo] | None
+
+    def features(self) -> list[FeatureInfo]:
+        """Every feature: the catalog's or, without one, all of the SAE's with nothing known about them."""
+        if self.catalog is not None:
+            return list(self.catalog.values())
+        return [FeatureInfo(index, None, UNANNOTATED, ()) for index in range(self.sae.n_features)]
 
 
 def open_model(args: argparse.Namespace) -> LoadedModel:
@@ -101,7 +107,7 @@ def check_layers(n_layers: int, source: int, targets: Sequence[int]) -> None:
     """
     try_these = "" if n_layers < 2 else f"; try {_suggested_layers(n_layers, source)}"
     has = f"this model has {n_layers} blocks, 0 to {n_layers - 1}"
-    if source >= n_layers:
+    if not 0 <= source < n_layers:
         raise UserError(f"--source-layer {source}: {has}{try_these}.")
     if source == n_layers - 1:
         raise UserError(

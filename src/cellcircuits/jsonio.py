@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,4 +56,5 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); free or choose another folder.") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

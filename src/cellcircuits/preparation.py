@@ -43,13 +43,14 @@ from cellcircuits.gene_sets import TermTable
 from cellcircuits.inputs import ModelAndCells, open_saes
 from cellcircuits.jsonio import read_json, write_json
 from cellcircuits.results import setting_differences, settings_fingerprint
-from cellcircuits.sae_store import run_folder, save_sae
+from cellcircuits.sae_store import SAEFiles, run_folder, save_sae
 from cellcircuits.sae_training import TrainingSettings, train_sae
 from sae_model import TopKSAE
 
 log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 RESULTS = "results.json"
+LAYER_FILES = ("sae_final.pt", "activation_mean.npy", "feature_catalog.json", "feature_annotations.json")
 MASKED_SHARE = 0.15
 
 QUALITY_DEFINITIONS = {
@@ -138,9 +139,10 @@ def _finished(work: Preparation, layer: int) -> dict[str, Any] | None:
     folder = work.folder(layer)
     path = folder / RESULTS
     if not path.exists():
-        if (folder / "sae_final.pt").exists():
+        found = next((name for name in LAYER_FILES if (folder / name).exists()), None)
+        if found:
             raise UserError(
-                f"{folder}: holds an SAE that this script did not make (no {RESULTS}); choose another --data-root."
+                f"{folder}: holds a {found} that this script did not make (no {RESULTS}); choose another --data-root."
             )
         return None
     kept = read_json(path)
@@ -154,6 +156,11 @@ def _finished(work: Preparation, layer: int) -> dict[str, Any] | None:
             f"{folder}: was made with other settings ({'; '.join(differences)}); choose another --data-root, "
             "or repeat those settings to keep it."
         )
+    wanted = LAYER_FILES if work.terms is not None else LAYER_FILES[:-1]
+    gone = [name for name in wanted if not (folder / name).is_file()]
+    if gone:
+        log.warning("%s: %s is gone; the layer is made again.", folder, gone[0])
+        return None
     return kept
 
 
@@ -271,41 +278,51 @@ def _losses_of_group(work: Preparation, saes: Mapping[int, TopKSAE]) -> dict[int
     return reports
 
 
-def catalog_existing(work: Preparation, run_name: str | None) -> list[str]:
-    """Catalog and label SAEs that others made, without touching them.
+def complete_existing(work: Preparation, run_name: str | None) -> list[str]:
+    """Make the missing catalogs and labels of SAEs that others made; what is there stays as it is.
 
     Args:
-        work: as for `prepare`; its training settings are not used.
+        work: as for `prepare`; its training settings and its split are not used.
         run_name: which SAE of a layer to take when there are several.
 
     Returns:
-        One line of text per layer on what was written.
+        One line of text per layer.
 
     Raises:
-        UserError: an SAE is missing or does not fit the model, or its catalog is there already.
+        UserError: an SAE is missing or does not fit the model, or labels lie there without their catalog.
     """
     layers = open_saes(work.data_root, work.settings.layers, run_name, work.inputs.loaded)
-    for opened in layers.values():
-        for path in (opened.files.catalog, opened.files.annotations if work.terms is not None else None):
-            if path is not None and path.exists():
-                raise UserError(f"{path}: is there already; move it away, or leave its layer out of --layers.")
+    missing = [layer for layer, opened in layers.items() if not opened.files.catalog.exists()]
+    for layer in missing:
+        if layers[layer].files.annotations.exists():
+            raise UserError(f"{layers[layer].files.annotations}: are labels without their catalog; move them away.")
     tokens = gene_tokens(work.inputs.cells.cells)[0]
-    largest = max(catalog_bytes(len(tokens), opened.sae.n_features) for opened in layers.values())
-    lines = []
-    for group in layer_groups(work.settings.layers, largest, int(work.settings.max_memory_gb * 2**30)):
+    largest = max((catalog_bytes(len(tokens), layers[layer].sae.n_features) for layer in missing), default=1)
+    for group in layer_groups(missing, largest, int(work.settings.max_memory_gb * 2**30)) if missing else ():
         saes = {layer: layers[layer].sae for layer in group}
         counts = {layer: GeneFeatureCounts.empty(tokens, sae.n_features) for layer, sae in saes.items()}
         for _, cell, streams in stream(work.inputs.loaded.model, work.inputs.cells.cells, group, "counting firings"):
             for layer, residual in streams.items():
                 counts[layer].add_latents(cell, *saes[layer].top_k(residual))
-        for layer in group:
-            catalog = _catalog(work, layer, counts[layer], saes[layer].k)
-            summary = _write_labels(work, catalog, layers[layer].files.annotations)
-            write_json(layers[layer].files.catalog, catalog)
-            labelled = f", {summary['rate']:.3f} labelled ({summary['null_rate']:.3f} by chance)" if summary else ""
-            alive = f"{catalog['summary']['n_alive']} of {catalog['summary']['n_features']} features alive"
-            lines.append(f"layer {layer}: {alive}{labelled}; {layers[layer].files.catalog}")
-    return lines
+        for layer, sae in saes.items():
+            write_json(layers[layer].files.catalog, _catalog(work, layer, counts[layer], sae.k))
+    return [_label_existing(work, layer, opened.files) for layer, opened in layers.items()]
+
+
+def _label_existing(work: Preparation, layer: int, files: SAEFiles) -> str:
+    """Write the labels of a layer with a catalog where there are gene sets and no labels yet; says what is there."""
+    if files.annotations.exists() or work.terms is None:
+        labels = "labels were there" if files.annotations.exists() else "no labels (no --gmt)"
+        return f"layer {layer}: {files.catalog}; {labels}"
+    try:
+        summary = _write_labels(work, read_json(files.catalog), files.annotations)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{files.catalog}: its top_genes lack what labels are made from ({error}); move the catalog away, "
+            "and it is made again."
+        ) from None
+    rates = f"{summary['rate']:.3f} labelled, {summary['null_rate']:.3f} by chance" if summary else ""
+    return f"layer {layer}: {files.catalog}; {rates}"
 
 
 def _catalog(work: Preparation, layer: int, counts: GeneFeatureCounts, k: int) -> dict[str, Any]:

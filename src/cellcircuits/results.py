@@ -4,21 +4,26 @@ A folder belongs to one set of numbers. `manifest.json` keeps what determines th
 every start) and where they came from (`provenance`, kept for the reader).
 """
 
+import fcntl
 import hashlib
 import json
+import logging
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import read_json, write_json
 
+log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 N_TOP_EFFECTS = 50
 N_HUBS = 20
 DEGREE_BINS = (0, 1, 10, 50, 100, 500, 1000, 5000, 10000)
 MANIFEST = "manifest.json"
+NOT_EFFECTS = ("label", "activation_freq", "elapsed_seconds")
 
 
 def claim_folder(out_dir: Path, settings: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
@@ -27,7 +32,7 @@ def claim_folder(out_dir: Path, settings: Mapping[str, Any], provenance: Mapping
     Args:
         out_dir: output folder, created where missing.
         settings: everything that determines the numbers, as plain JSON values.
-        provenance: where they come from; recorded once, not compared.
+        provenance: where they come from (device, versions, files); each different one is kept, none compared.
 
     Returns:
         The fingerprint of the settings, which every result carries.
@@ -37,19 +42,60 @@ def claim_folder(out_dir: Path, settings: Mapping[str, Any], provenance: Mapping
     """
     path = out_dir / MANIFEST
     current = json.loads(json.dumps(settings, allow_nan=False))
+    origin = json.loads(json.dumps(provenance, allow_nan=False))
+    origins = []
     if path.exists():
-        kept = read_json(path)
-        if not isinstance(kept, dict) or not isinstance(kept.get("settings"), dict):
-            raise UserError(f"{path}: is not the manifest of a run; choose another --out-dir.")
+        kept = open_folder(out_dir)
         differences = list(setting_differences(kept["settings"], current))
         if differences:
             raise UserError(
                 f"{out_dir}: holds a run with other settings ({'; '.join(differences)}); choose another --out-dir, or "
                 "run with those settings to go on there."
             )
+        origins = [*kept.get("provenance", [])]
     else:
-        write_json(path, {"schema_version": SCHEMA_VERSION, "settings": current, "provenance": provenance})
+        _require_no_results(out_dir)
+    if origin not in origins:
+        content = {"schema_version": SCHEMA_VERSION, "settings": current, "provenance": [*origins, origin]}
+        write_json(path, content)
     return settings_fingerprint(current)
+
+
+def _require_no_results(out_dir: Path) -> None:
+    for pattern in ("feature_*.json", "exhaustive_summary.json", "*.parquet", "blocks"):
+        found = next(out_dir.glob(pattern), None)
+        if found is not None:
+            raise UserError(
+                f"{out_dir}: holds results ({found.name}) without a {MANIFEST}, so nobody can say what they were made "
+                "from; they are left alone, choose another --out-dir."
+            )
+
+
+@contextmanager
+def exclusive(out_dir: Path) -> Iterator[None]:
+    """Inside the `with`, no other run works in `out_dir`; what a killed run left half-written is removed.
+
+    Raises:
+        UserError: another run is at work there, or the folder cannot be written.
+    """
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock = (out_dir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{out_dir}: cannot be written ({error.strerror}); choose another --out-dir.") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{out_dir}: another run is at work there; wait for it or choose another --out-dir."
+            ) from None
+        except OSError as error:  # a file system without locks
+            log.warning("%s cannot be locked (%s); let no other run work in it.", out_dir, error.strerror)
+        for folder in (out_dir, out_dir / "blocks"):
+            for half_written in folder.glob(".*.tmp"):
+                half_written.unlink(missing_ok=True)
+        yield
 
 
 def settings_fingerprint(settings: Mapping[str, Any]) -> str:
@@ -69,8 +115,9 @@ def open_folder(out_dir: Path) -> dict[str, Any]:
             f"{out_dir}: holds no run (no {MANIFEST}); run without --analysis-only first, or fix --out-dir."
         )
     manifest = read_json(path)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("settings"), dict):
-        raise UserError(f"{path}: is not the manifest of a run; choose another --out-dir.")
+    settings = manifest.get("settings") if isinstance(manifest, dict) else None
+    if not isinstance(settings, dict) or type(settings.get("source_layer")) is not int:
+        raise UserError(f"{path}: is not the manifest of a trace; fix --out-dir.")
     return manifest
 
 
@@ -120,16 +167,20 @@ def repair_record(path: Path, record: Mapping[str, Any]) -> bool:
     """Write `record` unless the file already says so.
 
     Returns:
-        Whether a file was there and was damaged or said something else.
+        Whether a file was there and was damaged or said something else about the effects.
     """
     existed = path.exists()
-    try:
-        if existed and read_json(path) == record:
+    kept = None
+    if existed:
+        try:
+            kept = read_json(path)
+        except UserError:
+            pass
+        if kept == record:
             return False
-    except UserError:
-        pass
     write_json(path, record)
-    return existed
+    only_renamed = isinstance(kept, dict) and {**kept, **{key: record[key] for key in NOT_EFFECTS}} == record
+    return existed and not only_renamed
 
 
 def summarise(source_layer: int, features: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from sae_model import STATE_KEYS, TopKSAE
 
 log = logging.getLogger(__name__)
 MEAN_CHUNK_ROWS = 65_536
+FLAT = "flat"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def find_sae(data_root: Path, layer: int, run_name: str | None = None) -> SAEFil
     Args:
         data_root: the folder that holds `sae_models/`.
         layer: block index.
-        run_name: `x4_k32` to choose among several folders of the layer.
+        run_name: `x4_k32` to choose among several folders of the layer, `flat` for the flat file.
 
     Raises:
         UserError: there is none, or several and no `run_name`.
@@ -58,9 +59,13 @@ def find_sae(data_root: Path, layer: int, run_name: str | None = None) -> SAEFil
     numbers = dict.fromkeys((f"{layer:02d}", str(layer)))
     folders = [f for n in numbers for f in sorted(root.glob(f"layer{n}_{run_name or '*'}")) if f.is_dir()]
     folders = [folder for folder in folders if (folder / "sae_final.pt").is_file()]
-    if len(folders) > 1:
-        names = ", ".join(folder.name for folder in folders)
-        raise UserError(f"{root}: several SAEs of layer {layer} ({names}); choose one with --sae-run, e.g. x4_k32.")
+    flat = [number for number in numbers if (root / f"sae_layer{number}.pt").is_file() and run_name in (None, FLAT)]
+    names = [folder.name for folder in folders] + [f"sae_layer{number}.pt" for number in flat]
+    if len(names) > 1:
+        raise UserError(
+            f"{root}: several SAEs of layer {layer} ({', '.join(names)}); choose one with --sae-run: the end of a "
+            f"folder's name, e.g. x4_k32, or `{FLAT}` for the file."
+        )
     if folders:
         folder = folders[0]
         return SAEFiles(
@@ -70,9 +75,8 @@ def find_sae(data_root: Path, layer: int, run_name: str | None = None) -> SAEFil
             folder / "feature_catalog.json",
             folder / "feature_annotations.json",
         )
-    for number in numbers:
-        if (root / f"sae_layer{number}.pt").is_file():
-            return _flat_files(data_root, layer, number)
+    if flat:
+        return _flat_files(data_root, layer, flat[0])
     found = ", ".join(sorted(path.name for path in root.iterdir() if "layer" in path.name)) or "nothing"
     raise UserError(
         f"{root}: no SAE of layer {layer} (neither layer{layer:02d}_x*_k*/sae_final.pt nor sae_layer{layer}.pt; "
@@ -113,10 +117,8 @@ def open_sae(files: SAEFiles) -> TopKSAE:
 
 
 def fingerprint(files: SAEFiles) -> dict[str, str]:
-    """SHA-256 of every file of the SAE that determines numbers or labels."""
-    parts = {"checkpoint": files.checkpoint, "mean": files.mean, "catalog": files.catalog}
-    parts["annotations"] = files.annotations
-    return {name: file_sha256(path) for name, path in parts.items() if path.is_file()}
+    """SHA-256 of the files of the SAE that determine numbers."""
+    return {"checkpoint": file_sha256(files.checkpoint), "mean": file_sha256(files.mean)}
 
 
 def save_sae(sae: TopKSAE, folder: Path) -> None:
@@ -141,8 +143,9 @@ def _checked_state(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, to
     shapes = ((n_features, d_model), (n_features,), (d_model, n_features), (d_model,))
     for key, shape in zip(STATE_KEYS, shapes, strict=True):
         tensor = state[key]
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tuple(tensor.shape) != shape:
-            raise UserError(f"{path}: {key} must be a float tensor of shape {shape}.")
+        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not plain or not tensor.is_floating_point() or tuple(tensor.shape) != shape:
+            raise UserError(f"{path}: {key} must be a plain float tensor of shape {shape}.")
         if not torch.isfinite(tensor.float()).all():
             raise UserError(f"{path}: {key} holds NaN or infinite values; train the SAE again.")
     return {key: tensor.float() for key, tensor in state.items()}, sizes

@@ -62,7 +62,8 @@ def cohens_d(effects: NDArray[np.float64]) -> NDArray[np.float64]:
     """
     if len(effects) < 2:
         return np.zeros(effects.shape[1])
-    return effects.mean(axis=0) / np.maximum(effects.std(axis=0, ddof=1), SD_FLOOR)
+    mean = effects.mean(axis=0, keepdims=True)
+    return mean[0] / np.maximum(effects.std(axis=0, ddof=1, mean=mean), SD_FLOOR)
 
 
 def n_majority_sign(effects: NDArray[np.float64]) -> NDArray[np.int64]:

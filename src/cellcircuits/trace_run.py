@@ -48,8 +48,11 @@ class Tracer:
             blocks.setdefault(graph_store.block_of(feature), []).append(feature)
         finished = {block: self.finished_features(block) for block in blocks}
         left = {block: [f for f in wanted if f not in finished[block]] for block, wanted in blocks.items()}
+        for block in (block for block, wanted in left.items() if not wanted):
+            self.partial_path(block).unlink(missing_ok=True)
         left = {block: wanted for block, wanted in left.items() if wanted}
         n_left = sum(map(len, left.values()))
+        self.write_progress(len(features), n_left)
         log.info("%d features to trace, %d of them already done", len(features), len(features) - n_left)
         if not left:
             return
@@ -59,8 +62,12 @@ class Tracer:
             for block, wanted in left.items():
                 self.trace_one(block, wanted, clean, bar)
                 n_left -= len(wanted)
-                progress = {"n_features": len(features), "n_features_done": len(features) - n_left}
-                write_json(self.out_dir / "progress.json", progress)
+                self.write_progress(len(features), n_left)
+
+    def write_progress(self, n_features: int, n_left: int) -> None:
+        """Say in `progress.json` how far the run is."""
+        progress = {"n_features": n_features, "n_features_done": n_features - n_left}
+        write_json(self.out_dir / "progress.json", progress)
 
     def finished_features(self, block: int) -> Collection[int]:
         """Features of a block whose shard is whole; their JSON files are mended from it where needed."""
@@ -73,7 +80,7 @@ class Tracer:
     def trace_one(self, block: int, features: Sequence[int], clean: Sequence[CleanCell], bar: tqdm) -> None:
         """Trace some features of one block and write their files."""
         path = graph_store.shard_path(self.out_dir, block)
-        partial = path.with_suffix(".partial.npz")
+        partial = self.partial_path(block)
         effects = BlockEffects.empty(features, len(clean), self.bench.n_targets)
         effects.restore(partial, self.fingerprint)
         bar.update(len(features) * effects.n_cells_done)
@@ -87,15 +94,19 @@ class Tracer:
                 last_save = time.monotonic()
 
         trace_block(self.bench, clean, effects, batch_size=self.batch_size, on_cell=on_cell)
-        shard = block_shard(self.bench, effects, self.catalog, self.rule, self.fingerprint)
+        shard = block_shard(self.bench, effects, self.rule, self.fingerprint)
         kept = graph_store.read_shard(path, self.fingerprint)
         graph_store.write_shard(path, kept.merged(shard) if kept else shard)
         partial.unlink(missing_ok=True)
         self.write_records(shard)
 
+    def partial_path(self, block: int) -> Path:
+        """Where the effects of an unfinished block lie."""
+        return graph_store.shard_path(self.out_dir, block).with_suffix(".partial.npz")
+
     def write_records(self, shard: graph_store.Shard) -> None:
         """Write the JSON file of every feature of a shard that does not have it yet."""
-        for feature, record in shard.records():
+        for feature, record in shard.records(self.catalog):
             path = results.feature_path(self.out_dir, feature)
             if results.repair_record(path, record):
                 log.warning("%s was damaged or of another run; it is made again.", path)

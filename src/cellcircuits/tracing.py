@@ -7,7 +7,7 @@ so that a kill costs at most that much work however slow the machine is.
 import logging
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cellcircuits.catalog import FeatureInfo
 from cellcircuits.cells import Cell
 from cellcircuits.effects import Bench, CleanCell
 from cellcircuits.errors import UserError
@@ -25,7 +24,7 @@ from cellcircuits.jsonio import write_atomically
 from cellcircuits.stats import EdgeRule, effect_statistics
 
 log = logging.getLogger(__name__)
-SAVE_EVERY_SECONDS = 240.0
+SAVE_EVERY_SECONDS = 180.0
 
 
 @dataclass
@@ -68,6 +67,7 @@ class BlockEffects:
             with np.load(path, allow_pickle=False) as kept:
                 same = kept["fingerprint"].item() == fingerprint and tuple(kept["features"]) == self.features
                 if not same:
+                    log.warning("%s is of another run or of other features: it is not used.", path)
                     return
                 done = kept["measured"].shape[1]
                 self.effects[:, :done], self.measured[:, :done] = kept["effects"], kept["measured"]
@@ -138,9 +138,7 @@ def trace_block(
         on_cell(len(block.features))
 
 
-def block_shard(
-    bench: Bench, block: BlockEffects, catalog: Mapping[int, FeatureInfo], rule: EdgeRule, fingerprint: str
-) -> Shard:
+def block_shard(bench: Bench, block: BlockEffects, rule: EdgeRule, fingerprint: str) -> Shard:
     """Turn the effects of a finished block into edges and facts."""
     facts: dict[int, dict[str, Any]] = {}
     tables = [EDGE_SCHEMA.empty_table()]
@@ -150,8 +148,6 @@ def block_shard(
         facts[feature] = {
             "source_layer": bench.source_layer,
             "feature_idx": feature,
-            "label": catalog[feature].label,
-            "activation_freq": catalog[feature].activation_freq,
             "n_cells_active": len(effects),
             "n_cells_measured": block.measured.shape[1],
             "elapsed_seconds": float(block.seconds[j]),
@@ -162,8 +158,8 @@ def block_shard(
 
 def _edge_table(bench: Bench, feature: int, effects: NDArray[np.float64], rule: EdgeRule) -> pa.Table:
     """All edges of one source feature, by ascending target layer and target."""
-    statistics = effect_statistics(effects, rule)
-    columns = np.flatnonzero(statistics.is_edge)
+    measured = effect_statistics(effects, rule)
+    columns = np.flatnonzero(measured.is_edge)
     starts = np.array([bench.columns[layer].start for layer in bench.targets])
     which = np.searchsorted(starts, columns, side="right") - 1
     n_edges = len(columns)
@@ -172,10 +168,10 @@ def _edge_table(bench: Bench, feature: int, effects: NDArray[np.float64], rule: 
         np.full(n_edges, feature),
         np.array(bench.targets)[which],
         columns - starts[which],
-        statistics.mean[columns],
-        statistics.d[columns],
-        statistics.consistency[columns],
-        np.full(n_edges, statistics.n_cells),
+        measured.mean[columns],
+        measured.d[columns],
+        measured.consistency[columns],
+        np.full(n_edges, measured.n_cells),
     ]
     arrays = [pa.array(value, type=field.type) for value, field in zip(values, EDGE_SCHEMA, strict=True)]
     return pa.Table.from_arrays(arrays, schema=EDGE_SCHEMA)
