@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cellcircuits.catalog import UNANNOTATED, FeatureInfo
+from cellcircuits.catalog import UNANNOTATED, FeatureInfo, display_name
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import write_atomically
 from cellcircuits.results import feature_record
@@ -164,19 +164,21 @@ def fill_degrees(out_dir: Path, source_layer: int, features: Sequence[Mapping[st
     """Enter active cells and out-degree of every traced feature into `features.parquet`.
 
     Returns:
-        The features with their labels added.
+        The features with `label` and `name` (what to call one without a label) added.
     """
     traced = {(source_layer, facts["feature_idx"]): facts for facts in features}
     rows = read_features(out_dir).to_pylist()
-    labels = {}
+    names = {}
     for row in rows:
         facts = traced.get((row["layer"], row["feature"]))
         row["is_traced"] = facts is not None
         row["n_cells_active"] = facts["n_cells_active"] if facts else None
         row["n_edges"] = facts["n_edges"] if facts else None
-        labels[row["layer"], row["feature"]] = row["label"]
+        name = display_name(row["label"], row["top_genes"])
+        names[row["layer"], row["feature"]] = {"label": row["label"], "name": name}
     _write_table(out_dir / "features.parquet", pa.Table.from_pylist(rows, schema=FEATURE_SCHEMA))
-    return [{**facts, "label": labels.get(key, UNANNOTATED)} for key, facts in traced.items()]
+    unnamed = {"label": UNANNOTATED, "name": UNANNOTATED}
+    return [{**facts, **names.get(key, unnamed)} for key, facts in traced.items()]
 
 
 def read_edges(out_dir: Path) -> pa.Table:

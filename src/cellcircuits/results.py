@@ -232,10 +232,12 @@ def report_lines(
         count = sum(low <= f["n_edges"] and (high is None or f["n_edges"] < high) for f in features)
         name = "0" if low == 0 else f"{low}+" if high is None else f"{low}-{high - 1}"
         yield f"    {name:>11}: {count}"
-    yield "  hubs (edges, active cells, label)"
+    names = {feature["feature_idx"]: feature.get("name", feature["label"]) for feature in features}
+    yield "  hubs (edges, active cells, label or top genes)"
     for hub in summary["top_20_hubs"]:
-        name = f"L{layer}/F{hub['feature_idx']}"
-        yield f"    {name:>10} {hub['total_edges']:>7} {hub['n_cells_active']:>5}  {hub['label']}"
+        feature = f"L{layer}/F{hub['feature_idx']}"
+        name = names[hub["feature_idx"]]
+        yield f"    {feature:>10} {hub['total_edges']:>7} {hub['n_cells_active']:>5}  {name}"
 
 
 def setting_differences(kept: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
