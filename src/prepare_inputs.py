@@ -52,16 +52,6 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
 def _gene_set_file(text: str) -> tuple[str, str]:
     ontology, equals, path = text.partition("=")
     if not (ontology and equals and path):
@@ -96,7 +86,7 @@ def _add_training_flags(group: Any) -> None:
     add("--expansion", type=cli.natural, default=4, help="features per dimension of the residual stream")
     add("--k", type=cli.natural, default=32, help="features active at a position")
     add("--epochs", type=cli.natural, default=10, help="times that every training row is seen")
-    add("--lr", type=_positive, default=None,
+    add("--lr", type=cli.positive, default=None,
         help="peak learning rate (default: 4e-4 / sqrt(features / 16384), which is 7.5e-4 for 4,608)")  # fmt: skip
     add("--batch-size", type=cli.natural, default=512, help="rows per step")
     add("--train-rows", type=cli.natural, default=1_000_000,
@@ -106,7 +96,7 @@ def _add_training_flags(group: Any) -> None:
         "few percent the SAE also stands in for the stream where the model predicts a masked gene")  # fmt: skip
     add("--sae-seed", type=_whole, default=42,
         help="seed of everything but the draw of cells: split, rows, weights, masks, random gene lists")  # fmt: skip
-    add("--max-memory-gb", type=_positive, default=8.0,
+    add("--max-memory-gb", type=cli.positive, default=8.0,
         help="memory for rows and counts; layers that do not fit together are done in turn")  # fmt: skip
 
 

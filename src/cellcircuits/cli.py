@@ -48,13 +48,7 @@ def fraction(text: str) -> float:
     Raises:
         argparse.ArgumentTypeError: something else.
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
+    return _number(text, lambda value: 0.0 <= value <= 1.0, "a number from 0 to 1")
 
 
 def non_negative(text: str) -> float:
@@ -63,12 +57,25 @@ def non_negative(text: str) -> float:
     Raises:
         argparse.ArgumentTypeError: something else.
     """
+    return _number(text, lambda value: 0.0 <= value < float("inf"), "a number of at least 0")
+
+
+def positive(text: str) -> float:
+    """Parse a finite number above 0.
+
+    Raises:
+        argparse.ArgumentTypeError: something else.
+    """
+    return _number(text, lambda value: 0.0 < value < float("inf"), "a number above 0")
+
+
+def _number(text: str, admits: Callable[[float], bool], what: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0.0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+        value = float("nan")
+    if not admits(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return value
 
 

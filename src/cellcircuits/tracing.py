@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
 from cellcircuits.cells import Cell
@@ -116,18 +117,30 @@ def trace_block(
         on_cell: called after each cell with the number of (feature, cell) pairs it finished.
 
     Raises:
-        UserError: an effect is NaN or infinite.
+        UserError: an effect is NaN or infinite, or one feature alone does not fit in memory.
     """
     for i in range(block.n_cells_done, len(cells)):
         clean = cells[i]
         n_active = {j: len(clean.active_rows(feature)) for j, feature in enumerate(block.features)}
         active = sorted((j for j, n in n_active.items() if n), key=lambda j: (n_active[j], j))
         size = batch_size or bench.batch_size(len(clean.cell.tokens))
-        for start in range(0, len(active), size):
-            batch = active[start : start + size]
+        left = active
+        while left:
+            batch = left[:size]
             started = time.perf_counter()
-            block.effects[batch, i] = bench.effects(clean, [block.features[j] for j in batch])
+            try:
+                block.effects[batch, i] = bench.effects(clean, [block.features[j] for j in batch])
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise UserError(
+                        f"cell {clean.cell.name}: not even one feature fits in the device's memory; free some of it, "
+                        "lower --max-tokens or take --device cpu."
+                    ) from None
+                size = batch_size = len(batch) // 2
+                log.warning("Out of memory: going on with batches of %d features.", size)
+                continue
             block.seconds[batch] += (time.perf_counter() - started) / len(batch)
+            left = left[size:]
         if not np.isfinite(block.effects[active, i]).all():
             raise UserError(
                 f"cell {clean.cell.name}: the effects on its activations are not finite; check the model's and the "
