@@ -25,7 +25,7 @@ $(VENV)/ready: requirements.txt
 	@echo "Setting up $(VENV) with $(TORCH) (a few minutes, once)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)"
-	$(PIP) -r requirements.txt
+	$(PIP) -r requirements.txt $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/ready-for-tests: $(VENV)/ready tests/requirements.txt tests/lowest.txt
