@@ -5,6 +5,7 @@ is whole or absent. Per-feature JSON, `edges.parquet` and the degrees in `featur
 functions of the shards.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +49,7 @@ FEATURE_SCHEMA = pa.schema(
         "top_genes": pa.list_(pa.string()),
     }
 )
-_FACTS_KEY = b"features"
+_FACTS_KEY, _HASH_KEY = b"features", b"features_sha256"
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,18 @@ class Shard:
         return Shard(dict(sorted({**self.facts, **other.facts}.items())), edges.sort_by(order))
 
     def records(self, catalog: Mapping[int, FeatureInfo]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(feature index, its JSON record) of every feature; labels and frequencies are the catalog's."""
+        """(feature index, its JSON record) of every feature; labels and frequencies are the catalog's.
+
+        Raises:
+            UserError: the catalog does not list a feature that was traced.
+        """
         for feature, facts in self.facts.items():
-            info = catalog[feature]
+            info = catalog.get(feature)
+            if info is None:
+                raise UserError(
+                    f"feature {feature} was traced into this folder, but the source layer's catalog no longer lists "
+                    "it; restore the catalog or choose another --out-dir."
+                )
             named = {**facts, "label": info.label, "activation_freq": info.activation_freq}
             yield feature, feature_record(named, _edges_by_layer(self.edges, feature))
 
@@ -85,8 +95,8 @@ def shard_path(out_dir: Path, block: int) -> Path:
 def write_shard(path: Path, shard: Shard) -> None:
     """Write a shard, whole or not at all."""
     facts = json.dumps(list(shard.facts.values()), allow_nan=False).encode()
-    table = shard.edges.replace_schema_metadata({_FACTS_KEY: facts})
-    write_atomically(path, lambda stream: pq.write_table(table, stream))
+    table = shard.edges.replace_schema_metadata({_FACTS_KEY: facts, _HASH_KEY: hashlib.sha256(facts).digest()})
+    write_atomically(path, lambda stream: pq.write_table(table, stream, write_page_checksum=True))
 
 
 def read_shard(path: Path, fingerprint: str) -> Shard | None:
@@ -94,8 +104,11 @@ def read_shard(path: Path, fingerprint: str) -> Shard | None:
     if not path.exists():
         return None
     try:
-        table = pq.read_table(path, partitioning=None)
-        facts = {entry["feature_idx"]: entry for entry in json.loads(table.schema.metadata[_FACTS_KEY])}
+        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
+        written = table.schema.metadata[_FACTS_KEY]
+        if hashlib.sha256(written).digest() != table.schema.metadata[_HASH_KEY]:
+            raise ValueError("changed facts")
+        facts = {entry["feature_idx"]: entry for entry in json.loads(written)}
         edges = table.replace_schema_metadata(None)
         if not edges.schema.equals(EDGE_SCHEMA):
             raise ValueError("other columns")

@@ -52,7 +52,7 @@ def claim_folder(out_dir: Path, settings: Mapping[str, Any], provenance: Mapping
                 f"{out_dir}: holds a run with other settings ({'; '.join(differences)}); choose another --out-dir, or "
                 "run with those settings to go on there."
             )
-        origins = [*kept.get("provenance", [])]
+        origins = [*(kept.get("provenance") or [])]
     else:
         _require_no_results(out_dir)
     if origin not in origins:

@@ -16,7 +16,7 @@ from cellcircuits.effects import Bench, CleanCell, ablation_effect
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import write_json
 from cellcircuits.stats import EdgeRule
-from cellcircuits.tracing import SAVE_EVERY_SECONDS, BlockEffects, CleanRuns, block_shard, trace_block
+from cellcircuits.tracing import SAVE_EVERY_SECONDS, BlockEffects, CleanRuns, block_shard, require_finite, trace_block
 
 log = logging.getLogger(__name__)
 SELF_CHECK_TOLERANCE = 1e-3
@@ -123,12 +123,15 @@ class Tracer:
         cell, feature = found
         fast = self.bench.effects(cell, [feature])[0]
         slow = ablation_effect(self.bench, cell.cell, feature)
-        assert slow is not None
+        if slow is None:  # a near tie at its only position fell the other way
+            return
         expected = np.concatenate([slow[layer] for layer in self.bench.targets])
+        require_finite(fast, cell.cell)
         differs = np.abs(fast - expected) > SELF_CHECK_TOLERANCE * (1 + np.abs(expected).max())
         n_moved = np.count_nonzero((fast != 0) | (expected != 0))
-        if differs.sum() > max(SELF_CHECK_TIES, SELF_CHECK_TIED_SHARE * n_moved):
+        n_differ = np.count_nonzero(differs)
+        if n_differ > max(SELF_CHECK_TIES, SELF_CHECK_TIED_SHARE * n_moved):
             raise UserError(
-                f"--model: the engine and a full forward pass disagree on {differs.sum()} of {n_moved} effects of "
+                f"--model: the engine and a full forward pass disagree on {n_differ} of {n_moved} effects of "
                 f"feature {feature}; this model is not built as a Geneformer is, or the device computes wrongly."
             )

@@ -6,7 +6,6 @@ so that a kill costs at most that much work however slow the machine is.
 
 import logging
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +73,7 @@ class BlockEffects:
                 self.effects[:, :done], self.measured[:, :done] = kept["effects"], kept["measured"]
                 self.seconds[:] = kept["seconds"]
                 self.n_cells_done = done
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged archive makes zipfile and NumPy raise almost anything
             log.warning("%s is damaged (%s): its block is traced from its first cell.", path, type(error).__name__)
             self.effects[:], self.measured[:], self.seconds[:] = 0.0, False, 0.0
             self.n_cells_done = 0
@@ -97,6 +96,19 @@ class CleanRuns(Sequence[CleanCell]):
         if i not in self._runs:
             self._runs[i] = self._bench.clean(self._cells[i])
         return self._runs[i]
+
+
+def require_finite(effects: NDArray[np.float64], cell: Cell) -> None:
+    """Stop at effects that are no numbers: the edge rule would silently take them for "not an edge".
+
+    Raises:
+        UserError: an effect is NaN or infinite.
+    """
+    if not np.isfinite(effects).all():
+        raise UserError(
+            f"cell {cell.name}: the effects on its activations are not finite; check the model's and the SAEs' "
+            "weights, or compute on another --device."
+        )
 
 
 def trace_block(
@@ -141,11 +153,7 @@ def trace_block(
                 continue
             block.seconds[batch] += (time.perf_counter() - started) / len(batch)
             left = left[size:]
-        if not np.isfinite(block.effects[active, i]).all():
-            raise UserError(
-                f"cell {clean.cell.name}: the effects on its activations are not finite; check the model's and the "
-                "SAEs' weights, or compute on another --device."
-            )
+        require_finite(block.effects[active, i], clean.cell)
         block.measured[active, i] = True
         block.n_cells_done = i + 1
         on_cell(len(block.features))
