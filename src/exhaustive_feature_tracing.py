@@ -71,7 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="an edge needs a larger |d| (default: %(default)s)",
     )
     group.add_argument(
-        "--min-consistency", type=cli.fraction, default=0.7, help="and a larger sign consistency (default: 0.7)"
+        "--min-consistency",
+        type=cli.fraction,
+        default=EdgeRule.min_consistency,
+        help="and a larger sign consistency (default: %(default)s)",
     )
     group.add_argument(
         "--batch-size", type=cli.natural, default=None, help="features per batch (default: what memory allows)"
@@ -137,17 +140,8 @@ def require_catalog(source: "LayerSAE", args: argparse.Namespace) -> dict[int, F
 def mend_command(args: argparse.Namespace) -> str:
     """The command that makes the source layer's catalog, with the flags of this run that it shares."""
     defaults = build_parser().parse_args([])
-    flags = (
-        "model",
-        "model_subfolder",
-        "model_revision",
-        "dicts",
-        "sae_run",
-        "cells",
-        "control_column",
-        "control_values",
-    )
-    flags += ("cell_line", "counts", "gene_column", "tokenization", "max_tokens", "min_mapped", "min_median_tokens")
+    flags = "model model_subfolder model_revision dicts sae_run cells control_column control_values cell_line".split()
+    flags += "counts gene_column tokenization max_tokens min_mapped min_median_tokens".split()
     changed = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) != getattr(defaults, flag)}
     words = ["python", "src/prepare_inputs.py", "--existing-saes", "--layers", str(args.source_layer)]
     for flag, value in {"data_root": args.data_root, "data_path": args.data_path, **changed}.items():

@@ -7,15 +7,22 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pandas as pd
+import pytest
 
+from cellcircuits.cells import CellSelection, load_cells
+from cellcircuits.errors import UserError
 from cellcircuits.vocabulary import GeneVocabulary
 
 DICTS = Path(__file__).parents[2] / "shared" / "geneformer_dicts"
 N_V1, N_V2 = 25_426, 20_275
+EASY = {"cells": "all", "min_median_tokens": 1}
 
 
 def ensembl(number: int) -> str:
     return f"ENSG{number:011d}"
+
+
+GENES = [ensembl(number) for number in range(1, 13)]
 
 
 def vocabulary(n_genes: int = 12, *, special: bool = True) -> GeneVocabulary:
@@ -89,3 +96,23 @@ def slow_tokens(counts: np.ndarray, genes: list[str], known: GeneVocabulary, tok
         if np.isfinite(value) and value > 0:
             values[token] = value
     return sorted(values, key=lambda token: -values[token])  # Python's sort is stable
+
+
+def random_counts(n_cells=30, n_genes=12, seed=0):
+    counts = np.random.default_rng(seed).poisson(1.5, (n_cells, n_genes)).astype(np.float32)
+    counts[:, 0] += 1
+    return counts
+
+
+def load(path, known=None, positions=64, **settings):
+    return load_cells(path, known or vocabulary(), CellSelection(**(EASY | settings)), positions)
+
+
+def tokens_of(cell_set):
+    return [cell.tokens.tolist() for cell in cell_set.cells]
+
+
+def refusal(path, known=None, **settings):
+    with pytest.raises(UserError) as caught:
+        load(path, known, **settings)
+    return str(caught.value)
