@@ -3,7 +3,7 @@
     x  ->  x + (coefficient - 1) * sum_f h_f * W_dec[:, f]        at the gene positions
 
 Coefficient 0 is ablation, 1 the identity. The SAE's error term and all other features stay as they are.
-Tensors in, tensors out; the only place where an edit is defined.
+Tensors in, tensors out. This is the definition; `Bench.effects` makes the same ablation from latents it has already.
 """
 
 from collections.abc import Callable, Sequence
