@@ -35,8 +35,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         description="Ablate every active SAE feature of a layer of a Geneformer and record the edges to later layers.",
-        epilog="example: python src/exhaustive_feature_tracing.py --data-root sae_data --data-path cells.h5ad "
-        "--n-cells 20 --out-dir results/layer5",
+        epilog="""example, with the demo's inputs:
+  python src/exhaustive_feature_tracing.py --model demo/model --data-root demo --data-path demo/cells.h5ad \\
+      --cells all --n-cells 20 --features 114,207 --out-dir results/two_features""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     cli.add_model_flags(parser)
     parser.add_argument(
@@ -55,7 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="A,B,C",
         help="layers to read (default: 6,11,17)",
     )
-    group.add_argument("--all-downstream", action="store_true", help="read every layer after the source")
+    group.add_argument(
+        "--all-downstream", action="store_true", help="read every layer after the source; each needs an SAE"
+    )
     group.add_argument("--start-idx", type=int, default=0, help="first feature index (default: 0)")
     group.add_argument("--end-idx", type=int, default=None, help="one past the last feature index (default: all)")
     group.add_argument(

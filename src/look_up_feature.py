@@ -23,7 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         description="Show one feature of a trace: label, frequency, top genes and strongest edges.",
-        epilog="example: python src/look_up_feature.py 898 --out-dir results/layer5 --n-edges 20",
+        epilog="example:\n  python src/look_up_feature.py 898 --out-dir results/layer5 --n-edges 20",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("feature", type=int, help="feature index")
     parser.add_argument("--layer", type=int, default=None, help="its layer (default: the traced source layer)")
@@ -68,6 +69,8 @@ def _facts(row: dict[str, Any]) -> Iterable[str]:
         yield f"  fires at {100 * row['activation_freq']:.2f}% of gene positions"
     if row["is_traced"]:
         yield f"  {row['n_edges']} edges, measured in {row['n_cells_active']} cells where it is active"
+    else:
+        yield "  not traced as a source in this folder"
     yield f"  top genes: {', '.join(row['top_genes']) or 'none'}"
 
 

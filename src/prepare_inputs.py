@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cellcircuits.preparation import PreparationSettings
 
 log = logging.getLogger(__name__)
-GO_ON = "finished layers are kept; run the same command again to go on with the others."
+GO_ON = "finished layers are kept (those of one group finish together); run the same command again to go on."
 EPILOG = """example, with the demo's model and cells:
   python src/prepare_inputs.py --model demo/model --data-path demo/cells.h5ad --cells all \\
       --split-column split --held-out-value held_out --data-root prepared --layers 0,5,6,11,17 --k 8 \\
@@ -81,6 +81,8 @@ def _add_training_flags(group: Any) -> None:
         help="blocks whose output gets an SAE, counted from 0; all that an experiment will read")  # fmt: skip
     add("--existing-saes", action="store_true",
         help="train nothing: make catalog and (with --gmt) labels of the SAEs that --data-root holds")  # fmt: skip
+    add("--relabel", action="store_true",
+        help="with --existing-saes and --gmt, replace the labels that are there")  # fmt: skip
     add("--sae-run", default=None, metavar="NAME",
         help="with --existing-saes, which of several SAEs of a layer to take, e.g. x4_k32")  # fmt: skip
     add("--expansion", type=cli.natural, default=4, help="features per dimension of the residual stream")
@@ -130,6 +132,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.data_root is None:
         raise UserError("--data-root is missing: name the folder to write to, or set SAE_DATA_ROOT.")
     cli.require_path(args.data_path, "--data-path", "SAE_DATA_PATH", folder=False)
+    if args.relabel and not (args.existing_saes and args.gmt):
+        raise UserError("--relabel: goes with --existing-saes and --gmt, from which the new labels are made.")
     gmt_files = [read_gmt(Path(path), ontology) for ontology, path in args.gmt]
     try:
         args.data_root.mkdir(parents=True, exist_ok=True)
@@ -170,6 +174,7 @@ def _settings(args: argparse.Namespace) -> "PreparationSettings":
         n_top_genes=args.top_genes,
         n_loss_cells=args.loss_cells,
         max_memory_gb=args.max_memory_gb,
+        relabel=args.relabel,
     )  # fmt: skip
 
 

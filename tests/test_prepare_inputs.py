@@ -246,6 +246,12 @@ def test_saes_of_others_get_a_catalog_and_labels_and_stay_as_they_are(study, fla
     assert catalog["summary"]["k"] == sae.k and catalog["summary"]["n_alive"] > 5
     assert prepare_inputs.main(command) == 0
     assert contents(study.data_root) == after
+    files.annotations.write_text('{"feature_annotations": {}}')
+    assert prepare_inputs.main(command) == 0
+    assert files.annotations.read_text() == '{"feature_annotations": {}}'
+    assert prepare_inputs.main([*command, "--relabel"]) == 0
+    assert contents(study.data_root) == after
+    assert prepare_inputs.main([*without_labels, "--relabel"]) == 2
     files.catalog.unlink()
     capsys.readouterr()
     assert prepare_inputs.main(command) == 2

@@ -274,7 +274,7 @@ def test_analysis_only_summarises_what_is_there(
 
 def test_all_downstream_reads_every_later_layer(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     refused = refusal(capsys, trace(study, tmp_path, "--all-downstream", "--features", "14"))
-    assert "layer 3" in refused and "prepare_inputs.py --layers 3" in refused
+    assert "layer 3" in refused and "prepare_inputs.py --layers 3 " in refused and "there are: 1, 2, 4, 5" in refused
     write_sae(study.data_root, 3, random_sae(3, 24, 32, 2))
     assert trace(study, tmp_path, "--all-downstream", "--features", "14") == 0
     assert set(json.loads((tmp_path / "feature_0014.json").read_text())["downstream_edges"]) == {"2", "3", "4", "5"}
@@ -352,6 +352,7 @@ def test_a_mistake_gives_one_sentence_and_no_results(
 def test_broken_inputs_give_one_sentence(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = next((study.data_root / "sae_models").glob("layer01_*"))
     write_sae(study.data_root, 2, random_sae(0, 16, 40, 4)).rename(folder.parent / "layer02_other")
+    write_sae(study.data_root, 4, random_sae(0, 16, 40, 4)).rename(folder.parent / "layer04_other")
     with_two = refusal(capsys, trace(study, tmp_path))
     assert "--sae-run" in with_two
     assert "width 16" in refusal(capsys, trace(study, tmp_path, "--sae-run", "other", "--source-layer", "2",

@@ -65,7 +65,8 @@ def load_model(source: str, subfolder: str | None = None, revision: str | None =
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "mismatched" in str(error):
             reason = "its weights and its config.json are of different sizes"
-        raise UserError(f"--model {source}: cannot be loaded ({reason}).") from None
+        what = "cannot be loaded" if folder.exists() else "no such folder, and as a name on the hub it cannot be loaded"
+        raise UserError(f"--model {source}: {what} ({reason}).") from None
     _require_all_weights(source, info)
     model.eval().requires_grad_(False)
     return LoadedModel(

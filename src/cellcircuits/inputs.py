@@ -92,8 +92,19 @@ def open_cells(args: argparse.Namespace, loaded: LoadedModel) -> ModelAndCells:
     folders = [args.dicts] if args.dicts else dictionary_folders(loaded)
     vocabulary = load_vocabulary(folders, loaded.model.config.vocab_size)
     cells = load_cells(data_path, vocabulary, cli.selection_from(args), n_positions(loaded.model))
-    lengths = [len(cell.tokens) for cell in cells.cells]
-    log.info("Cells %s: %d, %d tokens in all (median %d)", data_path, len(lengths), sum(lengths), np.median(lengths))
+    lengths, report = [len(cell.tokens) for cell in cells.cells], cells.report
+    log.info(
+        "Cells %s: %d of %d asked (%d rows match), median %d tokens; counts from %s, genes from %s, "
+        "%.1f%% of the counts mapped",
+        data_path,
+        len(lengths),
+        args.n_cells,
+        report["n_rows_matched"],
+        np.median(lengths),
+        report["matrix"],
+        report["gene_column"],
+        100 * report["share_of_counts_mapped"],
+    )
     for note in cells.report.get("notes", ()):
         log.warning("Note: %s", note)
     return ModelAndCells(loaded, vocabulary, cells, loaded.model.device)
@@ -131,6 +142,25 @@ def _suggested_layers(n_layers: int, source: int) -> str:
     return f"{flags}--downstream-layers {','.join(map(str, targets))}"
 
 
+def _find_all(data_root: Path, layers: Sequence[int], run_name: str | None) -> dict[int, sae_store.SAEFiles]:
+    """Locate the SAE of every layer; one error names all that are missing."""
+    files, missing, first = {}, [], None
+    for layer in layers:
+        try:
+            files[layer] = sae_store.find_sae(data_root, layer, run_name)
+        except sae_store.MissingSAEError as error:
+            missing.append(layer)
+            first = first or error
+    if missing:
+        there = ", ".join(map(str, sae_store.layers_there(data_root))) or "none"
+        wanted = ",".join(map(str, missing))
+        raise UserError(
+            f"{first} Missing: layers {wanted}; there are: {there}. Choose among those, or train the missing ones with "
+            f"prepare_inputs.py --layers {wanted} and the other flags of your SAEs."
+        )
+    return files
+
+
 def open_saes(data_root: Path, layers: Sequence[int], run_name: str | None, loaded: LoadedModel) -> dict[int, LayerSAE]:
     """Load the SAE of each layer onto the model's device.
 
@@ -139,8 +169,7 @@ def open_saes(data_root: Path, layers: Sequence[int], run_name: str | None, load
     """
     d_model = loaded.model.config.hidden_size
     opened = {}
-    for layer in layers:
-        files = sae_store.find_sae(data_root, layer, run_name)
+    for layer, files in _find_all(data_root, layers, run_name).items():
         sae = sae_store.open_sae(files)
         if sae.d_model != d_model:
             raise UserError(

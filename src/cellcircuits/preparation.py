@@ -79,6 +79,7 @@ class PreparationSettings:
     n_top_genes: int = 20
     n_loss_cells: int = 20
     max_memory_gb: float = 8.0
+    relabel: bool = False
 
 
 @dataclass(frozen=True)
@@ -311,9 +312,10 @@ def complete_existing(work: Preparation, run_name: str | None) -> list[str]:
 
 def _label_existing(work: Preparation, layer: int, files: SAEFiles) -> str:
     """Write the labels of a layer with a catalog where there are gene sets and no labels yet; says what is there."""
-    if files.annotations.exists() or work.terms is None:
-        labels = "labels were there" if files.annotations.exists() else "no labels (no --gmt)"
-        return f"layer {layer}: {files.catalog}; {labels}"
+    is_labelled = files.annotations.exists()
+    if work.terms is None or (is_labelled and not work.settings.relabel):
+        kept = "labels were there and are kept (--relabel makes them anew)"
+        return f"layer {layer}: {kept if is_labelled else f'{files.catalog}; no labels (no --gmt)'}"
     try:
         summary = _write_labels(work, read_json(files.catalog), files.annotations)
     except (KeyError, TypeError, AttributeError) as error:
@@ -322,7 +324,7 @@ def _label_existing(work: Preparation, layer: int, files: SAEFiles) -> str:
             "and it is made again."
         ) from None
     rates = f"{summary['rate']:.3f} labelled, {summary['null_rate']:.3f} by chance" if summary else ""
-    return f"layer {layer}: {files.catalog}; {rates}"
+    return f"layer {layer}: {files.annotations}; {rates}"
 
 
 def _catalog(work: Preparation, layer: int, counts: GeneFeatureCounts, k: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,11 @@ from sae_model import STATE_KEYS, TopKSAE
 log = logging.getLogger(__name__)
 MEAN_CHUNK_ROWS = 65_536
 FLAT = "flat"
+_LAYER = re.compile(r"layer(\d+)")
+
+
+class MissingSAEError(UserError):
+    """The data root has no SAE of a layer."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ def find_sae(data_root: Path, layer: int, run_name: str | None = None) -> SAEFil
         run_name: `x4_k32` to choose among several folders of the layer, `flat` for the flat file.
 
     Raises:
-        UserError: there is none, or several and no `run_name`.
+        MissingSAEError: there is none.
+        UserError: there are several and no `run_name`.
     """
     root = data_root / "sae_models"
     if not root.is_dir():
@@ -77,11 +84,21 @@ def find_sae(data_root: Path, layer: int, run_name: str | None = None) -> SAEFil
         )
     if flat:
         return _flat_files(data_root, layer, flat[0])
-    found = ", ".join(sorted(path.name for path in root.iterdir() if "layer" in path.name)) or "nothing"
-    raise UserError(
-        f"{root}: no SAE of layer {layer} (neither layer{layer:02d}_x*_k*/sae_final.pt nor sae_layer{layer}.pt; "
-        f"found: {found}); train one with prepare_inputs.py --layers {layer}."
+    raise MissingSAEError(
+        f"{root}: no SAE of layer {layer}{f' named {run_name} (--sae-run)' if run_name else ''}, neither "
+        f"layer{layer:02d}_x*_k*/sae_final.pt nor sae_layer{layer}.pt (found: {_found(root)})."
     )
+
+
+def _found(root: Path) -> str:
+    return ", ".join(sorted(path.name for path in root.iterdir() if "layer" in path.name)) or "nothing"
+
+
+def layers_there(data_root: Path) -> list[int]:
+    """Layers of which the data root holds an SAE, ascending."""
+    names = [path.parent.name for path in data_root.glob("sae_models/layer*_*/sae_final.pt")]
+    names += [path.stem for path in data_root.glob("sae_models/sae_layer*.pt")]
+    return sorted({int(match[1]) for match in map(_LAYER.search, names) if match})
 
 
 def _flat_files(data_root: Path, layer: int, number: str) -> SAEFiles:

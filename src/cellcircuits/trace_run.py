@@ -19,6 +19,7 @@ from cellcircuits.stats import EdgeRule
 from cellcircuits.tracing import SAVE_EVERY_SECONDS, BlockEffects, CleanRuns, block_shard, require_finite, trace_block
 
 log = logging.getLogger(__name__)
+LINE_EVERY_SECONDS = 300.0  # in a log file, where no bar is drawn
 SELF_CHECK_TOLERANCE = 1e-3
 # In float32 a near tie for the last place among the k may fall either way, which moves a latent or two.
 SELF_CHECK_TIES = 4
@@ -58,11 +59,15 @@ class Tracer:
             return
         clean = CleanRuns(self.bench, self.cells)
         self.check_engine(clean, features)
+        last_line = time.monotonic()
         with tqdm(total=n_left * len(clean), desc="tracing", unit="pair", disable=None) as bar:
             for block, wanted in left.items():
                 self.trace_one(block, wanted, clean, bar)
                 n_left -= len(wanted)
                 self.write_progress(len(features), n_left)
+                if bar.disable and time.monotonic() - last_line > LINE_EVERY_SECONDS:
+                    log.info("%d of %d features done", len(features) - n_left, len(features))
+                    last_line = time.monotonic()
 
     def write_progress(self, n_features: int, n_left: int) -> None:
         """Say in `progress.json` how far the run is."""
