@@ -207,13 +207,23 @@ class TestExclusive:
             assert not half_written.exists()
 
     def test_only_half_written_files_are_removed(self, tmp_path: Path):
-        names = ("manifest.json", ".keep", "notes.tmp", "blocks/block_00000.partial.npz")
-        stale = (".manifest.json.1.tmp", "blocks/.block_00000.parquet.1.tmp")
+        names = ("manifest.json", ".keep", "notes.tmp", "blocks/block_00000.partial.npz", ".notes.tmp", ".a.json.1.tmp")
+        stale = (
+            ".manifest.json.1.tmp", ".progress.json.1.tmp", ".exhaustive_summary.json.1.tmp", ".feature_0007.json.12.tmp",
+            ".edges.parquet.1.tmp", ".features.parquet.1.tmp", ".exhaustive_tracing.png.1.tmp",
+            "blocks/.block_00000.parquet.1.tmp", "blocks/.block_00016.partial.npz.1.tmp",
+        )  # fmt: skip
         (tmp_path / "blocks").mkdir()
         for name in (*names, *stale):
             (tmp_path / name).write_text("")
         with exclusive(tmp_path):
             assert {name for name in (*names, *stale) if (tmp_path / name).exists()} == set(names)
+
+    def test_a_lock_file_of_someone_else_keeps_its_content(self, tmp_path: Path):
+        (tmp_path / ".lock").write_text("mine")
+        with exclusive(tmp_path):
+            pass
+        assert (tmp_path / ".lock").read_text() == "mine"
 
     def test_a_failed_run_gives_the_folder_back(self, tmp_path: Path):
         with pytest.raises(ZeroDivisionError), exclusive(tmp_path / "new"):

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,10 @@ N_TOP_EFFECTS = 50
 N_HUBS = 20
 DEGREE_BINS = (0, 1, 10, 50, 100, 500, 1000, 5000, 10000)
 MANIFEST = "manifest.json"
+HALF_WRITTEN = re.compile(
+    r"\.(manifest\.json|progress\.json|exhaustive_summary\.json|feature_\d+\.json|(edges|features)\.parquet"
+    r"|exhaustive_tracing\.png|block_\d+\.(parquet|partial\.npz))\.\d+\.tmp"
+)
 NOT_EFFECTS = ("label", "activation_freq", "elapsed_seconds")
 
 
@@ -80,7 +85,7 @@ def exclusive(out_dir: Path) -> Iterator[None]:
     """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        lock = (out_dir / ".lock").open("w")
+        lock = (out_dir / ".lock").open("a")
     except OSError as error:
         raise UserError(f"{out_dir}: cannot be written ({error.strerror}); choose another --out-dir.") from None
     with lock:
@@ -92,9 +97,9 @@ def exclusive(out_dir: Path) -> Iterator[None]:
             ) from None
         except OSError as error:  # a file system without locks
             log.warning("%s cannot be locked (%s); let no other run work in it.", out_dir, error.strerror)
-        for folder in (out_dir, out_dir / "blocks"):
-            for half_written in folder.glob(".*.tmp"):
-                half_written.unlink(missing_ok=True)
+        for path in (*out_dir.glob(".*.tmp"), *out_dir.glob("blocks/.*.tmp")):
+            if HALF_WRITTEN.fullmatch(path.name):  # the folder may hold hidden files of others
+                path.unlink(missing_ok=True)
         yield
 
 
