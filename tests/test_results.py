@@ -209,10 +209,16 @@ class TestExclusive:
     def test_only_half_written_files_are_removed(self, tmp_path: Path):
         names = ("manifest.json", ".keep", "notes.tmp", "blocks/block_00000.partial.npz", ".notes.tmp", ".a.json.1.tmp")
         stale = (
-            ".manifest.json.1.tmp", ".progress.json.1.tmp", ".exhaustive_summary.json.1.tmp", ".feature_0007.json.12.tmp",
-            ".edges.parquet.1.tmp", ".features.parquet.1.tmp", ".exhaustive_tracing.png.1.tmp",
-            "blocks/.block_00000.parquet.1.tmp", "blocks/.block_00016.partial.npz.1.tmp",
-        )  # fmt: skip
+            ".manifest.json.1.tmp",
+            ".progress.json.1.tmp",
+            ".exhaustive_summary.json.1.tmp",
+            ".feature_0007.json.12.tmp",
+            ".edges.parquet.1.tmp",
+            ".features.parquet.1.tmp",
+            ".exhaustive_tracing.png.1.tmp",
+            "blocks/.block_00000.parquet.1.tmp",
+            "blocks/.block_00016.partial.npz.1.tmp",
+        )
         (tmp_path / "blocks").mkdir()
         for name in (*names, *stale):
             (tmp_path / name).write_text("")
