@@ -114,7 +114,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data-root",
         type=Path,
-        default=_from_environment("SAE_DATA_ROOT"),
+        default=from_environment("SAE_DATA_ROOT"),
         metavar="FOLDER",
         help="folder that holds sae_models/ (environment: SAE_DATA_ROOT)",
     )
@@ -136,7 +136,7 @@ def _add_choice_flags(add: Callable[..., Any], defaults: CellSelection) -> None:
     add(
         "--data-path",
         type=Path,
-        default=_from_environment("SAE_DATA_PATH"),
+        default=from_environment("SAE_DATA_PATH"),
         metavar="H5AD",
         help="cells with raw counts (environment: SAE_DATA_PATH)",
     )
@@ -220,12 +220,12 @@ def _add_token_flags(add: Callable[..., Any], defaults: CellSelection) -> None:
     )
 
 
-def add_out_dir_flag(parser: argparse._ActionsContainer, what: str) -> None:
+def add_out_dir_flag(parser: argparse._ActionsContainer, what: str, default: Path = DEFAULT_OUT_DIR) -> None:
     """Add `--out-dir`."""
     parser.add_argument(
         "--out-dir",
         type=Path,
-        default=_from_environment("SAE_OUT_DIR") or DEFAULT_OUT_DIR,
+        default=from_environment("SAE_OUT_DIR") or default,
         metavar="FOLDER",
         help=f"{what} (environment: SAE_OUT_DIR; default: %(default)s)",
     )
@@ -294,6 +294,7 @@ def run_script(main: Callable[[], int], go_on: str) -> int:
         return EXIT_INTERRUPTED
 
 
-def _from_environment(variable: str) -> Path | None:
+def from_environment(variable: str) -> Path | None:
+    """The path that an environment variable names, None where it is unset or empty."""
     value = os.environ.get(variable)
     return Path(value) if value else None

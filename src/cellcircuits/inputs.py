@@ -13,7 +13,7 @@ import transformers
 
 from cellcircuits import cli, sae_store
 from cellcircuits.catalog import UNANNOTATED, FeatureInfo, load_catalog
-from cellcircuits.cells import CellSet, load_cells
+from cellcircuits.cells import CellSelection, CellSet, load_cells
 from cellcircuits.device import choose_device, describe_device
 from cellcircuits.errors import UserError
 from cellcircuits.geneformer import LoadedModel, dictionary_folders, load_model, n_positions
@@ -82,8 +82,13 @@ def open_model(args: argparse.Namespace) -> LoadedModel:
     return loaded
 
 
-def open_cells(args: argparse.Namespace, loaded: LoadedModel) -> ModelAndCells:
+def open_cells(args: argparse.Namespace, loaded: LoadedModel, selection: CellSelection | None = None) -> ModelAndCells:
     """Read the dictionaries and the cells that the flags name, for a loaded model.
+
+    Args:
+        args: flags of `add_model_flags` and, without a `selection`, of `add_cell_flags`.
+        loaded: the model.
+        selection: which cells; None takes what the flags of `add_cell_flags` say.
 
     Raises:
         UserError: see `load_vocabulary` and `load_cells`.
@@ -91,7 +96,7 @@ def open_cells(args: argparse.Namespace, loaded: LoadedModel) -> ModelAndCells:
     data_path = cli.require_path(args.data_path, "--data-path", "SAE_DATA_PATH", folder=False)
     folders = [args.dicts] if args.dicts else dictionary_folders(loaded)
     vocabulary = load_vocabulary(folders, loaded.model.config.vocab_size)
-    cells = load_cells(data_path, vocabulary, cli.selection_from(args), n_positions(loaded.model))
+    cells = load_cells(data_path, vocabulary, selection or cli.selection_from(args), n_positions(loaded.model))
     lengths, report = [len(cell.tokens) for cell in cells.cells], cells.report
     log.info(
         "Cells %s: %d of %d asked (%d rows match), median %d tokens; counts from %s, genes from %s, "

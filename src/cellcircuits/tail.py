@@ -53,6 +53,7 @@ class Tail:
 
     def __init__(self, model: "BertForMaskedLM", source_layer: int, targets: Sequence[int]) -> None:
         """Bind the blocks; `targets` are ascending layers after `source_layer`."""
+        self.source_layer = source_layer
         self.targets = frozenset(targets)
         self.last = max(targets)
         self._blocks = {layer: _Block(block_parts(model, layer)) for layer in range(source_layer + 1, self.last + 1)}
@@ -60,23 +61,30 @@ class Tail:
         self._widths = (config.hidden_size, config.intermediate_size, config.num_attention_heads)
         self._device_type = model.device.type
 
-    def run(self, streams: Tensor, measured: MeasuredPositions) -> Iterator[tuple[int, Tensor]]:
+    def advance(self, streams: Tensor, start: int, stop: int) -> Tensor:
+        """Outputs of block `stop` from outputs of block `start`, both (batch, n_pos, d_model)."""
+        for layer in range(start + 1, stop + 1):
+            streams = self._blocks[layer](streams)
+        return streams
+
+    def run(
+        self, streams: Tensor, measured: MeasuredPositions, start: int | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         """Run the tail and read the targets.
 
         Args:
-            streams: (batch, n_pos, d_model) outputs of the source block, edited.
+            streams: (batch, n_pos, d_model) outputs of block `start`, edited.
             measured: the positions to read.
+            start: the block that the streams come from, before the last target; None means the source layer.
 
         Yields:
             (target layer, its residual stream at the measured positions (n_rows, d_model)), ascending.
         """
-        for layer, block in self._blocks.items():
-            if layer == self.last:
-                yield layer, block(streams, measured.padded)[measured.item, measured.slot]
-            else:
-                streams = block(streams)
-                if layer in self.targets:
-                    yield layer, streams[measured.item, measured.position]
+        for layer in range((self.source_layer if start is None else start) + 1, self.last):
+            streams = self._blocks[layer](streams)
+            if layer in self.targets:
+                yield layer, streams[measured.item, measured.position]
+        yield self.last, self._blocks[self.last](streams, measured.padded)[measured.item, measured.slot]
 
     def bytes_per_stream(self, n_pos: int, itemsize: int) -> int:
         """Peak memory that one stream of a batch needs, in bytes."""
