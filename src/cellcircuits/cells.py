@@ -17,6 +17,8 @@ from cellcircuits.tokenizer import TOKENIZATIONS, n_gene_limit, rank_tokens, wra
 from cellcircuits.vocabulary import GeneVocabulary
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from cellcircuits.counts import CountMatrix
     from cellcircuits.genes import GeneMatch
 
@@ -59,6 +61,7 @@ class CellSelection:
         max_tokens: most tokens of a cell, special ones included.
         min_mapped: smallest share of the counts that must be in known genes.
         min_median_tokens: gene tokens the median cell must have, before any cut.
+        downsample_to: counts drawn from every cell, which must have as many; None takes all counts.
 
     Raises:
         UserError: a setting is outside its range.
@@ -77,6 +80,7 @@ class CellSelection:
     max_tokens: int = 2048
     min_mapped: float = 0.5
     min_median_tokens: int = 100
+    downsample_to: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that could only fail later."""
@@ -90,6 +94,7 @@ class CellSelection:
             ("max-tokens", self.max_tokens >= MIN_MAX_TOKENS, f"must be at least {MIN_MAX_TOKENS}"),
             ("min-mapped", 0 <= self.min_mapped <= 1, "must be between 0 and 1"),
             ("min-median-tokens", self.min_median_tokens >= 0, "must not be negative"),
+            ("downsample-to", self.downsample_to is None or self.downsample_to >= 1, "must be at least 1"),
         )
         for flag, holds, rule in rules:
             if not holds:
@@ -124,7 +129,8 @@ def load_cells(path: Path, vocabulary: GeneVocabulary, selection: CellSelection,
         model_positions: longest input of the model.
 
     Raises:
-        UserError: unreadable file, no such column, no cell left, no raw counts, genes not recognized.
+        UserError: unreadable file, no such column, no cell left, no raw counts, too few of them to down-sample,
+            genes not recognized.
     """
     # pandas, scipy and anndata take long to import, and `--help` needs none of them.
     from cellcircuits.cell_rows import draw_rows, mixture_notes, select_rows
@@ -142,6 +148,9 @@ def load_cells(path: Path, vocabulary: GeneVocabulary, selection: CellSelection,
         rows = draw_rows(matched, pool, selection.n_cells, selection.seed)
         matrix = read_counts(file, selection.counts, rows, obs.index)
         where = f"{path}: {file.var_name(matrix.name)}"
+    n_selected, dropped = len(rows), []
+    if selection.downsample_to is not None:
+        matrix, rows, dropped = _equal_depth(matrix, rows, obs.index, selection, str(path))
     totals = np.asarray(matrix.counts.sum(axis=0)).ravel()  # (n_columns,)
     genes = match_genes(matrix.var, selection.gene_column, totals, vocabulary, where)
     ranked = _rank_cells(matrix, genes, selection.tokenization)
@@ -161,17 +170,41 @@ def load_cells(path: Path, vocabulary: GeneVocabulary, selection: CellSelection,
         "selection": _settings(selection),
         "n_rows_in_file": len(obs),
         "n_rows_matched": len(matched),
-        "n_rows_selected": len(rows),
+        "n_rows_selected": n_selected,
         "dropped_cells": [
-            {"name": name, "row": int(row), "reason": "no expressed gene has a token"}
-            for name, row, tokens in zip(names, rows, ranked, strict=True)
-            if not len(tokens)
+            *dropped,
+            *(
+                {"name": name, "row": int(row), "reason": "no expressed gene has a token"}
+                for name, row, tokens in zip(names, rows, ranked, strict=True)
+                if not len(tokens)
+            ),
         ],
         "max_tokens": min(selection.max_tokens, model_positions),
         **_token_report(cells, ranked, limit),
         "notes": mixture_notes(obs, matched, selection),
     }
     return CellSet(cells, report)
+
+
+def _equal_depth(
+    matrix: "CountMatrix", rows: np.ndarray, names: "pd.Index", selection: CellSelection, where: str
+) -> tuple["CountMatrix", np.ndarray, list[dict[str, Any]]]:
+    """The matrix and its rows with `downsample_to` counts per cell, and a record of the cells that had fewer."""
+    from cellcircuits.counts import downsampled
+
+    depth = selection.downsample_to
+    totals = np.asarray(matrix.counts.sum(axis=1)).ravel()  # (n_cells,)
+    deep = totals >= depth
+    if not deep.any():
+        raise UserError(
+            f"{where}: none of the {len(rows)} selected cells has {depth} counts (--downsample-to); the deepest has "
+            f"{totals.max():.0f}, the median cell {np.median(totals):.0f}."
+        )
+    dropped = [
+        {"name": str(names[row]), "row": int(row), "reason": f"has {total:.0f} counts, fewer than {depth}"}
+        for row, total in zip(rows[~deep], totals[~deep], strict=True)
+    ]
+    return downsampled(matrix, np.flatnonzero(deep), rows[deep], depth, selection.seed), rows[deep], dropped
 
 
 def _rank_cells(matrix: "CountMatrix", genes: "GeneMatch", tokenization: str) -> list[np.ndarray]:
@@ -209,10 +242,13 @@ def _check_mapping(where: str, genes: "GeneMatch", ranked: list[np.ndarray], sel
 
 def _settings(selection: CellSelection) -> dict[str, Any]:
     """The settings as JSON gives them back: lists for tuples."""
-    return asdict(selection) | {
+    settings = asdict(selection) | {
         "control_values": list(selection.control_values),
         "obs_filters": [list(pair) for pair in selection.obs_filters],
     }
+    if selection.downsample_to is None:  # records made before the flag existed stay equal
+        del settings["downsample_to"]
+    return settings
 
 
 def _file_report(path: Path) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_cell_flags(parser: argparse.ArgumentParser, defaults: CellSelection) -> None:
     """Add `--data-path` and the flags that choose and tokenize cells."""
     _add_choice_flags(parser.add_argument_group("which cells").add_argument, defaults)
-    _add_token_flags(parser.add_argument_group("from counts to tokens").add_argument, defaults)
+    add_token_flags(parser, defaults)
 
 
 def _add_choice_flags(add: Callable[..., Any], defaults: CellSelection) -> None:
@@ -178,7 +178,9 @@ def _add_choice_flags(add: Callable[..., Any], defaults: CellSelection) -> None:
     add("--seed", type=int, default=defaults.seed, help="seed of the draw of cells (default: %(default)s)")
 
 
-def _add_token_flags(add: Callable[..., Any], defaults: CellSelection) -> None:
+def add_token_flags(parser: argparse.ArgumentParser, defaults: CellSelection) -> None:
+    """Add the flags that turn counts into tokens."""
+    add = parser.add_argument_group("from counts to tokens").add_argument
     add(
         "--counts",
         default=defaults.counts,
@@ -218,6 +220,14 @@ def _add_token_flags(add: Callable[..., Any], defaults: CellSelection) -> None:
         metavar="N",
         help="refuse the file when the median cell has fewer gene tokens (default: %(default)s)",
     )
+    add(
+        "--downsample-to",
+        type=natural,
+        default=defaults.downsample_to,
+        metavar="N",
+        help="draw N of each cell's counts, without replacement, so that all have the same depth; cells with fewer are "
+        "dropped (default: take all counts)",
+    )
 
 
 def add_out_dir_flag(parser: argparse._ActionsContainer, what: str, default: Path = DEFAULT_OUT_DIR) -> None:
@@ -248,6 +258,7 @@ def selection_from(args: argparse.Namespace) -> CellSelection:
         max_tokens=args.max_tokens,
         min_mapped=args.min_mapped,
         min_median_tokens=args.min_median_tokens,
+        downsample_to=args.downsample_to,
     )
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # anndata takes long to import
     from cellcircuits.h5ad import H5adFile
 
 AUTO = "auto"
+MAX_DRAWN_FROM = 1_000_000_000  # NumPy's limit for this distribution
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,33 @@ def _read_if_counts(file: "H5adFile", name: str, rows: np.ndarray, cell_names: p
         n_read += block.shape[0]
     counts = sp.vstack(blocks, format="csr")
     return CountMatrix(name, counts, var) if counts.nnz else f"{name} is 0 everywhere"
+
+
+def downsampled(matrix: CountMatrix, kept: np.ndarray, rows: np.ndarray, depth: int, seed: int) -> CountMatrix:
+    """Draw `depth` of each kept cell's counts without replacement, over all columns.
+
+    Every cell has a generator of its own, so its draw depends on no other cell.
+
+    Args:
+        matrix: the counts.
+        kept: (n_kept,) positions in `matrix` of the cells to keep; each has at least `depth` counts.
+        rows: (n_kept,) their rows in the file, which seed their draws.
+        depth: counts per cell afterwards.
+        seed: of all draws.
+
+    Raises:
+        UserError: a cell has more counts than the draw can handle.
+    """
+    drawn = matrix.counts[kept]
+    bounds = zip(drawn.indptr[:-1], drawn.indptr[1:], rows, strict=True)
+    for start, stop, row in bounds:
+        generator = np.random.default_rng([seed, int(row)])
+        counts = drawn.data[start:stop].astype(np.int64)
+        if counts.sum() >= MAX_DRAWN_FROM:
+            raise UserError(f"the cell in row {row} has {counts.sum()} counts, too many for --downsample-to.")
+        drawn.data[start:stop] = generator.multivariate_hypergeometric(counts, depth)
+    drawn.eliminate_zeros()
+    return CountMatrix(matrix.name, drawn, matrix.var)
 
 
 def first_problem(block: sp.csr_matrix) -> tuple[int, int, str] | None:
