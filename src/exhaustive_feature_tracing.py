@@ -9,25 +9,24 @@ blocks/ (what a later start resumes from). Running the same command again goes o
 
 import argparse
 import logging
-import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cellcircuits import cli, graph_store, results
+from cellcircuits import cli, results
 from cellcircuits.catalog import MIN_ACTIVATION_FREQ, FeatureInfo
 from cellcircuits.cells import CellSelection
 from cellcircuits.errors import UserError
-from cellcircuits.jsonio import write_json
 from cellcircuits.stats import EdgeRule
+from cellcircuits.trace_flags import add_edge_flags, add_sae_run_flag, catalog_command
+from cellcircuits.trace_folder import TraceFolder, make_tables
 
 if TYPE_CHECKING:
-    from cellcircuits.inputs import LayerSAE, ModelAndCells
+    from cellcircuits.inputs import LayerSAE
 
 log = logging.getLogger(__name__)
-EXPERIMENT = "exhaustive_feature_tracing"
 GO_ON = "everything finished is kept; run the same command again to go on."
 
 
@@ -41,12 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     cli.add_model_flags(parser)
-    parser.add_argument(
-        "--sae-run",
-        default=None,
-        metavar="NAME",
-        help="which SAE of a layer to take when there are several, e.g. x4_k32",
-    )
+    add_sae_run_flag(parser)
     cli.add_cell_flags(parser, CellSelection())
     group = parser.add_argument_group("what to trace")
     group.add_argument("--source-layer", type=int, default=5, help="layer to ablate in (default: 5)")
@@ -68,21 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="LIST_OR_FILE",
         help="only these features, e.g. 898,1762, or a file with one index per line",
     )
-    group.add_argument(
-        "--min-abs-d",
-        type=cli.non_negative,
-        default=EdgeRule.min_abs_d,
-        help="an edge needs a larger |d| (default: %(default)s)",
-    )
-    group.add_argument(
-        "--min-consistency",
-        type=cli.fraction,
-        default=EdgeRule.min_consistency,
-        help="and a larger sign consistency (default: %(default)s)",
-    )
-    group.add_argument(
-        "--batch-size", type=cli.natural, default=None, help="features per batch (default: what memory allows)"
-    )
+    add_edge_flags(group)
     cli.add_out_dir_flag(group, "where results go")
     group.add_argument("--analysis-only", action="store_true", help="summarise what the folder holds, trace nothing")
     return parser
@@ -101,9 +81,7 @@ def run(args: argparse.Namespace) -> int:
     cli.require_path(args.data_path, "--data-path", "SAE_DATA_PATH", folder=False)
 
     # torch and transformers take seconds to import: only once the cheap checks are done
-    from cellcircuits.effects import Bench
     from cellcircuits.inputs import check_layers, open_cells, open_model, open_saes
-    from cellcircuits.trace_run import Tracer
 
     loaded = open_model(args)
     n_layers = loaded.model.config.num_hidden_layers
@@ -117,14 +95,9 @@ def run(args: argparse.Namespace) -> int:
     rule = EdgeRule(args.min_abs_d, args.min_consistency)
     if len(opened.cells.cells) < 2:
         log.warning("Note: with fewer than two cells no effect has a size, so no edge can be called.")
-    bench = Bench(loaded.model, {layer: opened_sae.sae for layer, opened_sae in layers.items()}, args.source_layer)
+    folder = TraceFolder(args.out_dir, args.source_layer, layers, opened, rule, args.tokenization)
     with results.exclusive(args.out_dir):
-        provenance = {**opened.provenance(), "saes": {n: str(x.files.checkpoint) for n, x in layers.items()}}
-        fingerprint = results.claim_folder(args.out_dir, run_settings(args, opened, layers, rule), provenance)
-        graph_store.write_features(args.out_dir, {n: x.features() for n, x in layers.items()})
-        tracer = Tracer(args.out_dir, bench, opened.cells.cells, catalog, rule, fingerprint, args.batch_size)
-        make_tables(args.out_dir)  # so that what earlier runs left can be looked up meanwhile
-        tracer.trace(features)
+        folder.trace(features, folder.claim(), args.batch_size)
         report(args.out_dir)
     print(f"Results: {args.out_dir} ({time.perf_counter() - started:.0f} s)")
     return 0
@@ -137,22 +110,9 @@ def require_catalog(source: "LayerSAE", args: argparse.Namespace) -> dict[int, F
         UserError: there is none; names the command that makes it.
     """
     if source.catalog is None:
-        raise UserError(f"{source.files.catalog}: no such file; make it with: {mend_command(args)}")
+        command = catalog_command(args, build_parser().parse_args([]), args.source_layer)
+        raise UserError(f"{source.files.catalog}: no such file; make it with: {command}")
     return source.catalog
-
-
-def mend_command(args: argparse.Namespace) -> str:
-    """The command that makes the source layer's catalog, with the flags of this run that it shares."""
-    defaults = build_parser().parse_args([])
-    flags = "model model_subfolder model_revision dicts sae_run cells control_column control_values cell_line".split()
-    flags += "counts gene_column tokenization max_tokens min_mapped min_median_tokens".split()
-    changed = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) != getattr(defaults, flag)}
-    words = ["python", "src/prepare_inputs.py", "--existing-saes", "--layers", str(args.source_layer)]
-    for flag, value in {"data_root": args.data_root, "data_path": args.data_path, **changed}.items():
-        words += [f"--{flag.replace('_', '-')}", str(value)]
-    for column, value in args.obs_filter:
-        words += ["--obs-filter", f"{column}={value}"]
-    return shlex.join(words)
 
 
 def chosen_features(args: argparse.Namespace, catalog: dict[int, FeatureInfo]) -> list[int]:
@@ -191,48 +151,6 @@ def _listed_features(text: str) -> list[int]:
     if not listed:
         raise UserError(f"--features {text}: neither a list such as 898,1762 nor a file with feature indices.")
     return listed
-
-
-def run_settings(
-    args: argparse.Namespace, opened: "ModelAndCells", layers: dict[int, "LayerSAE"], rule: EdgeRule
-) -> dict[str, Any]:
-    """Everything that determines the numbers; labels, and which features are asked for, do not."""
-    from cellcircuits import sae_store
-
-    saes = {str(layer): sae_store.fingerprint(layer_sae.files) for layer, layer_sae in layers.items()}
-    return {
-        "experiment": EXPERIMENT,
-        "source_layer": args.source_layer,
-        "downstream_layers": [layer for layer in layers if layer != args.source_layer],
-        "model": opened.loaded.fingerprint,
-        "saes": saes,
-        "n_cells": len(opened.cells.cells),
-        "cells": opened.cells.fingerprint(),
-        "tokenization": args.tokenization,
-        "min_abs_d": rule.min_abs_d,
-        "min_consistency": rule.min_consistency,
-        "block_size": graph_store.BLOCK_SIZE,
-        "precision": str(opened.loaded.model.dtype).removeprefix("torch."),
-    }
-
-
-def make_tables(out_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[int, int]]:
-    """Make the tables and the summary from the shards of the folder.
-
-    Returns:
-        The summary, the facts of every traced feature, the number of edges per target layer.
-
-    Raises:
-        UserError: the folder holds no trace.
-    """
-    settings = results.open_folder(out_dir)["settings"]
-    if settings.get("experiment") != EXPERIMENT:
-        raise UserError(f"{out_dir}: holds another experiment ({settings.get('experiment')}); fix --out-dir.")
-    unnamed, per_layer = graph_store.write_edges(out_dir, results.settings_fingerprint(settings))
-    features = graph_store.fill_degrees(out_dir, settings["source_layer"], unnamed)
-    summary = results.summarise(settings["source_layer"], features)
-    write_json(out_dir / "exhaustive_summary.json", summary)
-    return summary, features, per_layer
 
 
 def report(out_dir: Path) -> int:
