@@ -1,13 +1,15 @@
-"""Draw a finished trace: degree distribution, edges per layer, top hubs.
+"""Draw what an output folder holds; its manifest says which experiment that is.
 
     python src/make_figures.py --out-dir results/layer5
 
-Reads exhaustive_summary.json, features.parquet and edges.parquet; writes exhaustive_tracing.png beside them.
+- exhaustive_feature_tracing: exhaustive_tracing.png (degree distribution, edges per layer, top hubs);
+- higher_order_ablation: higher_order_ablation.png (ratios by order, beside those of exactly additive effects);
+- trajectory_steering: trajectory_steering.png (state shift per feature, layer and alpha, spread over cells).
 """
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,18 @@ from cellcircuits.catalog import display_name
 from cellcircuits.errors import UserError
 from cellcircuits.graph_store import read_edges, read_features
 from cellcircuits.jsonio import read_json, write_atomically
+from cellcircuits.results import open_folder
 
 N_HUBS_SHOWN = 12
 LABEL_LENGTH = 44
-COLOUR = "#2f6f8f"
+COLOUR, ADDITIVE_COLOUR, DOT_COLOUR = "#2f6f8f", "#b0b0b0", "#1a3c4d"
+CLASSES = (("subadditive", "< 0.8"), ("additive", "0.8 to 1.2"), ("superadditive", "> 1.2"))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Draw degree distribution, edges per layer and top hubs of a trace.")
-    cli.add_out_dir_flag(parser, "folder of the trace")
+    parser = argparse.ArgumentParser(description="Draw the results of an experiment into one picture beside them.")
+    cli.add_out_dir_flag(parser, "folder of the experiment's results")
     return parser
 
 
@@ -42,11 +46,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def draw(out_dir: Path) -> int:
-    """Draw the trace in `out_dir` into one PNG."""
-    path = out_dir / "exhaustive_summary.json"
-    summary = read_json(path)
-    if not isinstance(summary, dict) or not summary.keys() >= {"source_layer", "total_edges", "top_20_hubs"}:
-        raise UserError(f"{path}: is not the summary of a trace; run exhaustive_feature_tracing.py --analysis-only.")
+    """Draw the results in `out_dir` into one PNG.
+
+    Raises:
+        UserError: the folder holds no run, none that has a figure, or a damaged summary.
+    """
+    experiment = open_folder(out_dir)["settings"].get("experiment")
+    figures: dict[str, tuple[str, Callable[[Path], Figure]]] = {
+        "exhaustive_feature_tracing": ("exhaustive_tracing.png", exhaustive_tracing),
+        "higher_order_ablation": ("higher_order_ablation.png", higher_order_ablation),
+        "trajectory_steering": ("trajectory_steering.png", trajectory_steering),
+    }
+    if experiment not in figures:
+        raise UserError(f"{out_dir}: there is no figure for {experiment}; there is one for {', '.join(figures)}.")
+    name, make = figures[experiment]
+    figure = make(out_dir)
+    write_atomically(out_dir / name, lambda stream: figure.savefig(stream, dpi=130, format="png"))
+    print(f"Figure: {out_dir / name}")
+    return 0
+
+
+def _summary(path: Path, keys: set[str]) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict) or not content.keys() >= keys:
+        raise UserError(f"{path}: is not the summary of this experiment; make it again with --analysis-only.")
+    return content
+
+
+def exhaustive_tracing(out_dir: Path) -> Figure:
+    """Degree distribution, edges per layer and top hubs of a trace."""
+    summary = _summary(out_dir / "exhaustive_summary.json", {"source_layer", "total_edges", "top_20_hubs"})
     features = read_features(out_dir)
     edges = read_edges(out_dir)
     degrees = features.filter(pc.field("is_traced"))["n_edges"].to_numpy()
@@ -60,10 +89,7 @@ def draw(out_dir: Path) -> int:
         f"Layer {summary['source_layer']}: {summary['n_features_traced']} features ablated one at a time, "
         f"{summary['total_edges']:,} edges"
     )
-    path = out_dir / "exhaustive_tracing.png"
-    write_atomically(path, lambda stream: figure.savefig(stream, dpi=130, format="png"))
-    print(f"Figure: {path}")
-    return 0
+    return figure
 
 
 def degree_distribution(axes: Axes, degrees: NDArray[np.integer]) -> None:
@@ -98,6 +124,112 @@ def top_hubs(axes: Axes, summary: Mapping[str, Any], genes: Mapping[tuple[int, i
     axes.barh(names, [hub["total_edges"] for hub in hubs], color=COLOUR)
     axes.tick_params(axis="y", labelsize=8)
     axes.set(xlabel="edges", title="Top hubs: label, or (top genes)")
+
+
+def higher_order_ablation(out_dir: Path) -> Figure:
+    """Redundancy by order: ratios of pairs and triplets, and what exactly additive effects would give."""
+    settings = open_folder(out_dir)["settings"]
+    order = settings["order"]
+    kind = {2: "pair", 3: "triplet"}[order]
+    summary = _summary(out_dir / "summary.json", {f"per_{kind}_results", "config"})
+    records = [*summary[f"per_{kind}_results"], *summary.get("control_pair_results", ())]
+    if not records:
+        raise UserError(f"{out_dir}: holds no finished {kind}; run higher_order_ablation.py first.")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    ratios_by_order(left, records, order)
+    class_shares(right, records, "" if order == 2 else "_3way")
+    figure.suptitle(f"{len(records)} {kind}s, {settings['n_cells']} cells, read at layer {settings['target_layer']}")
+    return figure
+
+
+def ratios_by_order(axes: Axes, records: Sequence[Mapping[str, Any]], order: int) -> None:
+    """Dots of the median ratio of each combination, the additive expectation beside it, joined by a line."""
+    columns: list[tuple[str, list[float], list[float]]] = []
+    if order == 2:
+        for group in dict.fromkeys(r["pair_type"] for r in records):
+            chosen = [r for r in records if r["pair_type"] == group]
+            observed, additive = ([r[key] for r in chosen] for key in ("ratio_median", "ratio_median_if_additive"))
+            columns.append((group.replace("_", " "), observed, additive))
+    else:
+        pairs = [[value for r in records for value in r[key].values()] for key in _keys("pairwise_ratios")]
+        columns.append(("order 2\n(pairs inside the triplets)", *pairs))
+        columns.append(("order 3", *([r[key] for r in records] for key in _keys("threeway_ratio"))))
+    for x, (_, observed, additive) in enumerate(columns):
+        for low, high in zip(observed, additive, strict=True):
+            axes.plot((x - 0.12, x + 0.12), (low, high), color="0.85", zorder=1)
+        axes.scatter([x - 0.12] * len(observed), observed, color=COLOUR, zorder=2, label="observed" if not x else None)
+        axes.scatter(
+            [x + 0.12] * len(additive), additive, color=ADDITIVE_COLOUR, zorder=2,
+            label="exactly additive effects, same cells" if not x else None,
+        )  # fmt: skip
+        axes.hlines(np.median(observed), x - 0.2, x - 0.04, color=DOT_COLOUR, zorder=3)
+        axes.hlines(np.median(additive), x + 0.04, x + 0.2, color=DOT_COLOUR, zorder=3)
+    axes.set_xticks(range(len(columns)), [name for name, *_ in columns])
+    axes.set(xlim=(-0.5, len(columns) - 0.5), ylabel="joint |d| over the sum of single |d|", title="Ratio by order")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, loc="lower left")
+
+
+def _keys(key: str) -> tuple[str, str]:
+    return key, f"{key}_if_additive"
+
+
+def class_shares(axes: Axes, records: Sequence[Mapping[str, Any]], suffix: str) -> None:
+    """Bars of the share of targets below, around and above ratio 1, observed and if effects added exactly."""
+    for offset, colour, end, name in (
+        (-0.2, COLOUR, "", "observed"),
+        (0.2, ADDITIVE_COLOUR, "_if_additive", "additive"),
+    ):
+        counts = [sum(r[f"n_{label}{suffix}{end}"] for r in records) for label, _ in CLASSES]
+        shares = [100 * count / max(sum(counts), 1) for count in counts]
+        bars = axes.bar(np.arange(len(CLASSES)) + offset, shares, 0.38, color=colour, label=name)
+        axes.bar_label(bars, labels=[f"{share:.1f}%" for share in shares], fontsize=8)
+    axes.set_xticks(range(len(CLASSES)), [f"{label}\n(ratio {limits})" for label, limits in CLASSES])
+    axes.set(ylabel="share of targets, %", title="The study's classes: names, not findings")
+    axes.legend(frameon=False)
+
+
+def trajectory_steering(out_dir: Path) -> Figure:
+    """State shift of every steered feature: one panel per alpha, the spread over cells as boxes."""
+    summary = _summary(out_dir / "summary.json", {"features"})
+    features = summary["features"]
+    alphas = list(dict.fromkeys(alpha for feature in features for alpha in feature["alpha_results"]))
+    if not alphas:
+        raise UserError(f"{out_dir}: holds no steered feature; run trajectory_steering.py first.")
+    height = max(3.2, 0.3 * len(features) + 1.6)
+    figure = Figure(figsize=(4.6 + 3.6 * len(alphas), height), layout="constrained")
+    panels = figure.subplots(1, len(alphas), sharey=True, squeeze=False)[0]
+    for axes, alpha in zip(panels, alphas, strict=True):
+        state_shifts(axes, features, alpha)
+    names = [
+        f"L{feature['layer']}/F{feature['feature_idx']}  {_shortened(feature['label'])}  "
+        f"({feature.get('kind') or ''} d {feature['switch_d']:.2f})".replace("( ", "(")
+        for feature in features
+    ]
+    panels[0].set_yticks(range(len(names)), names, fontsize=8)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.suptitle("Shift of the model's state towards late cells when a feature is amplified in early cells")
+    return figure
+
+
+def state_shifts(axes: Axes, features: Sequence[Mapping[str, Any]], alpha: str) -> None:
+    """Per-cell state shifts: a box over the quartiles, a line from 5% to 95%, the median, and the mean as a dot."""
+    layers = sorted({feature["layer"] for feature in features})
+    shades = {layer: f"C{i}" for i, layer in enumerate(layers)}
+    for y, feature in enumerate(features):
+        shifts = feature["alpha_results"].get(alpha, {}).get("state_shifts", [])
+        if not shifts:
+            axes.annotate("active in no early cell", (0, y), fontsize=7, ha="center", va="center", color="0.5")
+            continue
+        low, q1, median, q3, high = np.percentile(shifts, (5, 25, 50, 75, 95))
+        axes.hlines(y, low, high, color="0.4", linewidth=1)
+        axes.barh(y, q3 - q1, 0.6, left=q1, color=shades[feature["layer"]], alpha=0.7)
+        axes.vlines(median, y - 0.3, y + 0.3, color="black", linewidth=1)
+        axes.plot(np.mean(shifts), y, "o", color="black", markersize=3)
+    axes.axvline(0, color="0.4", linewidth=0.8)
+    axes.set(xlabel="state shift (difference of cosines)", title=f"alpha {float(alpha):g}")
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 2))
 
 
 def _shortened(label: str) -> str:

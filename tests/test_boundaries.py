@@ -16,7 +16,10 @@ HEAVY = ("torch", "transformers", "numpy", "scipy", "pandas", "anndata", "scanpy
 
 # modules imported one after the other in one fresh interpreter, with what must still be absent at the end
 GROUPS = {
-    "standard library only": (("errors", "jsonio", "results", "catalog"), HEAVY),
+    "standard library only": (
+        ("errors", "jsonio", "results", "catalog", "combinations", "pathways", "best_annotated", "combination_results"),
+        HEAVY,
+    ),
     "numpy only": (
         ("errors", "jsonio", "results", "catalog", "stats", "tokenizer", "vocabulary", "cells"),
         ("torch", "transformers", "anndata", "scanpy", "h5py", "pyarrow", "matplotlib"),

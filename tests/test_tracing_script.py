@@ -304,7 +304,8 @@ def test_figure_and_look_up(finished: Path, tmp_path: Path, capsys: pytest.Captu
     copy.mkdir()
     for path in finished.glob("e*.*"):
         (copy / path.name).write_bytes(path.read_bytes())
-    (copy / "features.parquet").write_bytes((finished / "features.parquet").read_bytes())
+    for name in ("features.parquet", "manifest.json"):
+        (copy / name).write_bytes((finished / name).read_bytes())
     assert make_figures.main(["--out-dir", str(copy)]) == 0
     assert (copy / "exhaustive_tracing.png").read_bytes()[:4] == b"\x89PNG"
     edge = pq.read_table(finished / "edges.parquet").to_pylist()[0]

@@ -36,6 +36,11 @@ def batch_memory(device: torch.device) -> int:
     return CPU_BATCH_BYTES
 
 
+def host_memory() -> int:
+    """Physical memory of the machine, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def describe_device(device: torch.device) -> str:
     """A name for logs and records, such as `cuda (NVIDIA H200)` or `cpu (8 threads)`."""
     if device.type == "cuda":

@@ -24,10 +24,24 @@ N_TOP_EFFECTS = 50
 N_HUBS = 20
 DEGREE_BINS = (0, 1, 10, 50, 100, 500, 1000, 5000, 10000)
 MANIFEST = "manifest.json"
+_FEATURE = r"L\d+_F\d+"
 HALF_WRITTEN = re.compile(
-    r"\.(manifest\.json|progress\.json|exhaustive_summary\.json|feature_\d+\.json|(edges|features)\.parquet"
-    r"|exhaustive_tracing\.png|block_\d+\.(parquet|partial\.npz))\.\d+\.tmp"
+    r"\.((manifest|progress|(exhaustive_|selective_|trajectory_)?summary|switch_features|cell_metadata|chosen_features|feature_\d+"
+    rf"|(pair|triplet)_{_FEATURE}(_x_{_FEATURE})+|steering_F\d+_L\d+)\.json|(edges|features)\.parquet"
+    r"|(exhaustive_tracing|higher_order_ablation|trajectory_steering)\.png|block_\d+\.(parquet|partial\.npz)"
+    rf"|(state_signatures|sae_activations|unfinished|{_FEATURE}(_x_{_FEATURE})+)\.npz)\.\d+\.tmp"
 )
+RESULTS = (
+    "feature_*.json", "pair_*.json", "triplet_*.json", "steering_*.json", "*summary.json", "cell_metadata.json",
+    "switch_features.json", "*.parquet", "blocks", "partial", "effects", "state_signatures.npz", "sae_activations.npz",
+)  # fmt: skip
+SUBFOLDERS = ("blocks", "partial", "effects")
+NEEDED_SETTING = {  # one that every manifest of the experiment has
+    "exhaustive_feature_tracing": ("source_layer", int),
+    "higher_order_ablation": ("order", int),
+    "trajectory_steering": ("alphas", list),
+    "trajectory_analysis": ("layers", list),
+}
 NOT_EFFECTS = ("label", "activation_freq", "elapsed_seconds")
 
 
@@ -67,7 +81,7 @@ def claim_folder(out_dir: Path, settings: Mapping[str, Any], provenance: Mapping
 
 
 def _require_no_results(out_dir: Path) -> None:
-    for pattern in ("feature_*.json", "exhaustive_summary.json", "*.parquet", "blocks"):
+    for pattern in RESULTS:
         found = next(out_dir.glob(pattern), None)
         if found is not None:
             raise UserError(
@@ -97,7 +111,7 @@ def exclusive(out_dir: Path) -> Iterator[None]:
             ) from None
         except OSError as error:  # a file system without locks
             log.warning("%s cannot be locked (%s); let no other run work in it.", out_dir, error.strerror)
-        for path in (*out_dir.glob(".*.tmp"), *out_dir.glob("blocks/.*.tmp")):
+        for path in (p for folder in (".", *SUBFOLDERS) for p in (out_dir / folder).glob(".*.tmp")):
             if HALF_WRITTEN.fullmatch(path.name):  # the folder may hold hidden files of others
                 path.unlink(missing_ok=True)
         yield
@@ -121,8 +135,10 @@ def open_folder(out_dir: Path) -> dict[str, Any]:
         )
     manifest = read_json(path)
     settings = manifest.get("settings") if isinstance(manifest, dict) else None
-    if not isinstance(settings, dict) or type(settings.get("source_layer")) is not int:
-        raise UserError(f"{path}: is not the manifest of a trace; fix --out-dir.")
+    experiment = settings.get("experiment") if isinstance(settings, dict) else None
+    key, kind = NEEDED_SETTING.get(experiment, NEEDED_SETTING["exhaustive_feature_tracing"])
+    if not isinstance(settings, dict) or type(settings.get(key)) is not kind:
+        raise UserError(f"{path}: is not the manifest of an experiment; fix --out-dir.")
     return manifest
 
 

@@ -1,0 +1,146 @@
+"""Records and summaries of experiment 2: pairs and triplets. Standard library only."""
+
+import logging
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cellcircuits.combinations import CROSS, LETTERS, RANDOM, SAME, Combination, ComboFeature
+from cellcircuits.errors import UserError
+from cellcircuits.jsonio import read_json
+from cellcircuits.results import SCHEMA_VERSION
+
+log = logging.getLogger(__name__)
+KINDS = {2: "pair", 3: "triplet"}
+NEEDED = {
+    2: ("pair_id", "pathway", "pair_type", "ratio_median", "ratio_median_if_additive", "n_significant"),
+    3: ("triplet_id", "pathway", "triplet_type", "threeway_ratio", "threeway_ratio_if_additive", "n_significant"),
+}
+
+
+def record_path(out_dir: Path, combination: Combination) -> Path:
+    """Where the record of a combination lies."""
+    return out_dir / f"{KINDS[len(combination.features)]}_{combination.name}.json"
+
+
+def description(combination: Combination) -> dict[str, Any]:
+    """What a record says about the choice of a combination: names, labels, pathway; no numbers of its effects."""
+    kind = KINDS[len(combination.features)]
+    features = {f"feature_{letter}": _feature(f) for letter, f in zip(LETTERS, combination.features, strict=False)}
+    return {
+        f"{kind}_id": combination.name,
+        **features,
+        "pathway": combination.pathway,
+        f"{kind}_type": combination.kind,
+    }
+
+
+def _feature(feature: ComboFeature) -> dict[str, Any]:
+    return {"layer": feature.layer, "idx": feature.index, "label": feature.label, "n_edges": feature.n_edges}
+
+
+def record(
+    combination: Combination, target: int, n_cells: int, numbers: Mapping[str, Any], fingerprint: str
+) -> dict[str, Any]:
+    """The JSON record of one combination."""
+    return {
+        **description(combination),
+        "target_layer": target,
+        "n_cells": n_cells,
+        **numbers,
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": fingerprint,
+    }
+
+
+def read_record(path: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The record in `path` if it is whole and of the run with this fingerprint; says so where it is not."""
+    if not path.exists():
+        return None
+    try:
+        content = read_json(path)
+    except UserError:
+        content = None
+    order = next((order for order, kind in KINDS.items() if path.name.startswith(f"{kind}_")), 0)
+    is_whole = isinstance(content, dict) and content.get("fingerprint") == fingerprint
+    if not is_whole or any(key not in content for key in NEEDED.get(order, ())):
+        log.warning("%s is damaged or of another run: it is not counted.", path)
+        return None
+    return content
+
+
+def read_records(out_dir: Path, order: int, fingerprint: str, first: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """All records of a folder: those named in `first` in that order, then the others by name."""
+    kind = KINDS[order]
+    records = [read_record(path, fingerprint) for path in sorted(out_dir.glob(f"{kind}_*.json"))]
+    rank = {name: i for i, name in enumerate(first)}
+    found = [content for content in records if content is not None]
+    return sorted(found, key=lambda content: (rank.get(content[f"{kind}_id"], len(rank)), content[f"{kind}_id"]))
+
+
+def names_in_summary(out_dir: Path, order: int) -> list[str]:
+    """Names of the combinations in a folder's `summary.json`, in its order; none where there is no readable one."""
+    kind = KINDS[order]
+    try:
+        kept = read_json(out_dir / "summary.json")
+        return [
+            entry[f"{kind}_id"]
+            for key in (f"per_{kind}_results", "control_pair_results")
+            for entry in kept.get(key, ())
+        ]
+    except (UserError, AttributeError, KeyError, TypeError):
+        return []
+
+
+def summarise(order: int, records: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary of a folder of pairs or triplets.
+
+    Random pairs are listed apart, so that no choice of triplets takes their features for a pathway's.
+    """
+    kind = KINDS[order]
+    key = "ratio_median" if order == 2 else "threeway_ratio"
+    name = "ratio" if order == 2 else "3way_ratio"
+    groups = {group: [r for r in records if r[f"{kind}_type"] == group] for group in (SAME, CROSS, RANDOM)}
+    listed = [r for r in records if r[f"{kind}_type"] != RANDOM] if order == 2 else list(records)
+    summary: dict[str, Any] = {
+        f"n_{kind}s": len(listed),
+        "n_same_pathway": len(groups[SAME]),
+        "n_cross_pathway": len(groups[CROSS]),
+    }
+    for group in (SAME, CROSS, RANDOM) if order == 2 else (SAME, CROSS):
+        summary[f"{group}_{name}"] = _median_of(groups[group], key)
+        summary[f"{group}_{name}_if_additive"] = _median_of(groups[group], f"{key}_if_additive")
+    summary["total_elapsed_min"] = sum(r["elapsed_seconds"] for r in records) / 60
+    summary[f"per_{kind}_results"] = listed
+    if order == 2:
+        summary["control_pair_results"] = groups[RANDOM]
+    return {**summary, "config": dict(config), "schema_version": SCHEMA_VERSION}
+
+
+def _median_of(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    return float(statistics.median(r[key] for r in records)) if records else None
+
+
+def report_lines(order: int, summary: Mapping[str, Any]) -> Iterable[str]:
+    """The summary as text for the terminal, line by line."""
+    kind = KINDS[order]
+    records = [*summary[f"per_{kind}_results"], *summary.get("control_pair_results", ())]
+    yield f"{len(records)} {kind}s at layer {summary['config'].get('target_layer')}"
+    yield "  ratio: size of the joint effect over the sum of the single ones (|Cohen's d|, median over the targets)"
+    yield "  additive: the ratio that exactly additive effects of the same cells would give; compare with this, not 1"
+    yield f"  {'ratio':>7} {'additive':>9} {'targets':>8} {'cells':>6}  {kind}"
+    key, everything = ("ratio_median", "AB") if order == 2 else ("threeway_ratio", "ABC")
+    for r in records:
+        n_targets, n_cells = r["n_significant"]["any"], r["n_active"][everything]
+        what = r[f"{kind}_id"].replace("_x_", " x ").replace("_F", "/F")
+        yield (
+            f"  {r[key]:>7.3f} {r[f'{key}_if_additive']:>9.3f} {n_targets:>8} {n_cells:>6}  {what}  "
+            f"({r['pathway']}, {r[f'{kind}_type']})"
+        )
+    for group in (SAME, CROSS, RANDOM):
+        name = "ratio" if order == 2 else "3way_ratio"
+        ratio = summary.get(f"{group}_{name}")
+        if ratio is not None:
+            additive = summary[f"{group}_{name}_if_additive"]
+            yield f"  {group}: median ratio {ratio:.3f}; exactly additive effects would give {additive:.3f}"
