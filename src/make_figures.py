@@ -192,8 +192,11 @@ def class_shares(axes: Axes, records: Sequence[Mapping[str, Any]], suffix: str) 
 
 def trajectory_steering(out_dir: Path) -> Figure:
     """State shift of every steered feature: one panel per alpha, the spread over cells as boxes."""
-    summary = _summary(out_dir / "summary.json", {"features"})
-    features = summary["features"]
+    listed = _summary(out_dir / "summary.json", {"features"})["features"]
+    paths = [out_dir / f"steering_F{feature['feature_idx']}_L{feature['layer']}.json" for feature in listed]
+    features = [
+        _summary(path, {"alpha_results", "switch_d", "label"}) for path in paths
+    ]  # with the shift of every cell
     alphas = list(dict.fromkeys(alpha for feature in features for alpha in feature["alpha_results"]))
     if not alphas:
         raise UserError(f"{out_dir}: holds no steered feature; run trajectory_steering.py first.")
@@ -202,15 +205,16 @@ def trajectory_steering(out_dir: Path) -> Figure:
     panels = figure.subplots(1, len(alphas), sharey=True, squeeze=False)[0]
     for axes, alpha in zip(panels, alphas, strict=True):
         state_shifts(axes, features, alpha)
-    names = [
-        f"L{feature['layer']}/F{feature['feature_idx']}  {_shortened(feature['label'])}  "
-        f"({feature.get('kind') or ''} d {feature['switch_d']:.2f})".replace("( ", "(")
-        for feature in features
-    ]
+    names = [_steered_name(feature) for feature in features]
     panels[0].set_yticks(range(len(names)), names, fontsize=8)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
     figure.suptitle("Shift of the model's state towards late cells when a feature is amplified in early cells")
     return figure
+
+
+def _steered_name(feature: Mapping[str, Any]) -> str:
+    d = "" if feature["switch_d"] is None else f"  (d {feature['switch_d']:+.2f})"
+    return f"L{feature['layer']}/F{feature['feature_idx']}  {_shortened(feature['label'])}{d}"
 
 
 def state_shifts(axes: Axes, features: Sequence[Mapping[str, Any]], alpha: str) -> None:

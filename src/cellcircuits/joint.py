@@ -247,6 +247,7 @@ class _Tree:
         """Remove every set of the features `here` {number in the combination: index} from every state's stream."""
         sae = self._bench.saes[layer]
         sets = [chosen for size in range(1, len(here) + 1) for chosen in combinations(here, size)]
+        made: dict[tuple[int | None, tuple[int, ...]], int | None] = {}  # (parent stream, features that move it)
         for state, number in list(self._states.items()):
             if number is None:
                 stream = self._clean.residual[layer].to(self._bench.device)
@@ -259,8 +260,11 @@ class _Tree:
             for chosen in sets:
                 indices = torch.tensor([here[i] for i in chosen], device=self._bench.device)
                 h = (values[..., None] * (selected[..., None] == indices)).sum(-2)  # (n_gene, n_chosen)
-                self._states[state.union(chosen)] = number
-                if h.any():
-                    self._states[state.union(chosen)] = len(streams)
+                moving = tuple(i for i, moves in zip(chosen, h.any(dim=0).tolist(), strict=True) if moves)
+                if not moving:
+                    made[number, moving] = number
+                if (number, moving) not in made:
+                    made[number, moving] = len(streams)
                     change = -h @ sae.decoder_directions[indices]  # (n_gene, d_model)
                     streams.append(stream.index_add(0, self._gene_positions, change))
+                self._states[state.union(chosen)] = made[number, moving]
