@@ -147,6 +147,25 @@ def block_parts(model: BertForMaskedLM, layer: int) -> BlockParts:
     )
 
 
+@dataclass(frozen=True)
+class HeadParts:
+    """The language-model head: logits = transform(x) weight^T + bias.
+
+    `transform` is dense, activation and layer norm, (..., d_model) -> (..., d_model); `weight` (n_vocab, d_model),
+    `bias` (n_vocab,).
+    """
+
+    transform: Callable[[Tensor], Tensor]
+    weight: Tensor
+    bias: Tensor
+
+
+def head_parts(model: BertForMaskedLM) -> HeadParts:
+    """The parts of the language-model head."""
+    head = model.cls.predictions
+    return HeadParts(head.transform, head.decoder.weight, head.decoder.bias)
+
+
 def n_positions(model: BertForMaskedLM) -> int:
     """The longest sequence the model takes, special tokens included."""
     return model.config.max_position_embeddings
