@@ -1,4 +1,4 @@
-# make demo   sets up the environment and traces the demo inputs into results/demo/
+# make demo   sets up the environment and runs the three experiments on the demo inputs, into results/demo/
 # make test   sets up the environment and runs the tests
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -10,11 +10,15 @@ OUT ?= results/demo
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 DEMO_INPUTS = --model demo/model --data-root demo --data-path demo/cells.h5ad
 DEMO_CELLS = --cells all --obs-filter split=held_out --n-cells 20
+# monocytes to macrophages; cells that the neighbour graph does not reach from the root are left out
+DEMO_TRAJECTORY = --cell-type-column marker_group --cell-types "monocyte;macrophage_like" --tissues all \
+	--root-cell-type monocyte --root-markers S100A8,VCAN --disconnected drop
+RUN = $(VENV)/bin/python src
 
 .PHONY: help demo test test-lowest lint demo-inputs clean
 
 help:
-	@echo "make demo         trace the demo inputs, results and figure in $(OUT)/"
+	@echo "make demo         run the three experiments on the demo inputs, results and figures in $(OUT)/"
 	@echo "make test         run the tests"
 	@echo "make test-lowest  run the tests with the oldest supported versions (transformers 4.57)"
 	@echo "make lint         check style"
@@ -33,9 +37,25 @@ $(VENV)/ready-for-tests: $(VENV)/ready tests/requirements.txt tests/lowest.txt
 	@touch $@
 
 demo: $(VENV)/ready
-	$(VENV)/bin/python src/exhaustive_feature_tracing.py $(DEMO_INPUTS) $(DEMO_CELLS) --out-dir $(OUT)
-	$(VENV)/bin/python src/make_figures.py --out-dir $(OUT)
-	@echo "Look at one feature: $(VENV)/bin/python src/look_up_feature.py 114 --out-dir $(OUT)"
+	@echo "1. Every feature of layer 5, one at a time"
+	$(RUN)/exhaustive_feature_tracing.py $(DEMO_INPUTS) $(DEMO_CELLS) --out-dir $(OUT)/exhaustive_tracing
+	$(RUN)/make_figures.py --out-dir $(OUT)/exhaustive_tracing
+	@echo "2. Annotated features of three layers, then pairs of them, then triplets"
+	$(RUN)/selective_feature_tracing.py $(DEMO_INPUTS) $(DEMO_CELLS) --out-dir $(OUT)/selective_tracing
+	$(RUN)/higher_order_ablation.py --order 2 --selective-dir $(OUT)/selective_tracing --features-per-layer 2 \
+		$(DEMO_INPUTS) $(DEMO_CELLS) --out-dir $(OUT)/pairwise_ablation
+	$(RUN)/higher_order_ablation.py --pair-dir $(OUT)/pairwise_ablation \
+		$(DEMO_INPUTS) $(DEMO_CELLS) --out-dir $(OUT)/higher_order_ablation
+	$(RUN)/make_figures.py --out-dir $(OUT)/higher_order_ablation
+	@echo "3. A trajectory, once more at equal depth, and steering along it"
+	$(RUN)/trajectory_analysis.py $(DEMO_INPUTS) $(DEMO_TRAJECTORY) --follow-genes APOE --n-on 4 --n-off 3 \
+		--out-dir $(OUT)/trajectory
+	$(RUN)/trajectory_analysis.py $(DEMO_INPUTS) $(DEMO_TRAJECTORY) --follow-genes APOE --n-on 4 --n-off 3 \
+		--downsample-to 2000 --out-dir $(OUT)/trajectory_equal_depth
+	$(RUN)/trajectory_steering.py $(DEMO_INPUTS) $(DEMO_TRAJECTORY) --traj-dir $(OUT)/trajectory \
+		--panel $(OUT)/trajectory/switch_features.json --out-dir $(OUT)/trajectory_steering
+	$(RUN)/make_figures.py --out-dir $(OUT)/trajectory_steering
+	@echo "Look at one feature: $(RUN)/look_up_feature.py 114 --out-dir $(OUT)/exhaustive_tracing"
 
 test: $(VENV)/ready-for-tests
 	$(VENV)/bin/python -m pytest

@@ -186,7 +186,7 @@ def class_shares(axes: Axes, records: Sequence[Mapping[str, Any]], suffix: str) 
         bars = axes.bar(np.arange(len(CLASSES)) + offset, shares, 0.38, color=colour, label=name)
         axes.bar_label(bars, labels=[f"{share:.1f}%" for share in shares], fontsize=8)
     axes.set_xticks(range(len(CLASSES)), [f"{label}\n(ratio {limits})" for label, limits in CLASSES])
-    axes.set(ylabel="share of targets, %", title="The study's classes: names, not findings")
+    axes.set(ylabel="share of targets, %", title="Targets in the study's classes")
     axes.legend(frameon=False)
 
 

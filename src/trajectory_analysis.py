@@ -69,6 +69,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="A,B",
         help="report how the expression of these genes follows pseudotime, e.g. known markers of its end",
     )
+    group.add_argument("--n-on", type=cli.natural, default=12, help="most ON features per layer (default: %(default)s)")
+    group.add_argument(
+        "--n-off", type=cli.natural, default=8, help="most OFF features per layer (default: %(default)s)"
+    )
     cli.add_out_dir_flag(group, "where results go", Path("results/trajectory"))
     return parser
 
@@ -131,7 +135,7 @@ def run_settings(
             "metadata_sha256": trajectory.metadata_sha256,
             "disconnected": args.disconnected,
         },
-        "rule": asdict(SwitchRule()),
+        "rule": asdict(SwitchRule(n_on=args.n_on, n_off=args.n_off)),
         "precision": str(opened.loaded.model.dtype).removeprefix("torch."),
     }
 
@@ -156,7 +160,7 @@ def analyse(
         opened.loaded.model, {layer: opened_sae.sae for layer, opened_sae in layers.items()}, cells
     )
     order = switches.CellOrder(pseudotime, trajectory.early, trajectory.late, n_genes)
-    rule = switches.SwitchRule()
+    rule = switches.SwitchRule(n_on=args.n_on, n_off=args.n_off)
     statistics = {
         layer: switches.layer_statistics(activations[f"layer_{layer}"], order, rule.min_freq) for layer in layers
     }
