@@ -23,7 +23,7 @@ from cellcircuits.errors import UserError
 from cellcircuits.jsonio import write_json
 from cellcircuits.selection import FEATURES_PER_LAYER, choose_pairs, read_selective_summary
 from cellcircuits.stats import EdgeRule
-from cellcircuits.trace_flags import add_sae_run_flag
+from cellcircuits.trace_flags import add_edge_flags, add_sae_run_flag
 
 if TYPE_CHECKING:
     from cellcircuits.inputs import LayerSAE, ModelAndCells
@@ -60,11 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="keep per-cell effects in effects/, averaged over each condition's own positions and over those of the "
         "whole combination",
     )
-    group.add_argument("--min-abs-d", type=cli.non_negative, default=EdgeRule.min_abs_d, help=argparse.SUPPRESS)
-    group.add_argument("--min-consistency", type=cli.fraction, default=EdgeRule.min_consistency, help=argparse.SUPPRESS)
-    group.add_argument(
-        "--batch-size", type=cli.natural, default=None, help="streams run at once (default: what memory allows)"
-    )
+    add_edge_flags(group)
     group.add_argument(
         "--out-dir",
         type=Path,
@@ -158,9 +154,13 @@ def run(args: argparse.Namespace) -> int:
     saes = {layer: opened_sae.sae for layer, opened_sae in layers.items()}
     bench = JointBench(loaded.model, saes, ablated, args.target_layer)
     rule = EdgeRule(args.min_abs_d, args.min_consistency)
+    settings = run_settings(args, opened, layers, rule)
+    if not (args.triplets or args.pairs):
+        flag, folder = ("--pair-dir", args.pair_dir) if args.order == 3 else ("--selective-dir", args.selective_dir)
+        results.require_same_origin(flag, [folder, *sorted(folder.glob("layer*"))], settings)
     with results.exclusive(args.out_dir):
         provenance = {**opened.provenance(), "saes": {n: str(x.files.checkpoint) for n, x in layers.items()}, **config}
-        fingerprint = results.claim_folder(args.out_dir, run_settings(args, opened, layers, rule), provenance)
+        fingerprint = results.claim_folder(args.out_dir, settings, provenance)
         run_ = CombinationRun(
             args.out_dir, bench, opened.cells.cells, rule, fingerprint, args.save_effects, args.batch_size
         )
@@ -178,6 +178,8 @@ def choose(args: argparse.Namespace) -> tuple[list[Combination], dict[str, Any]]
     """
     if args.order == 3 and (args.pairs or len(args.triplet_layers) != 3):
         raise UserError("--pairs goes with --order 2." if args.pairs else "--triplet-layers: name three layers.")
+    if args.pairing_seed < 0:
+        raise UserError(f"--pairing-seed is {args.pairing_seed}, but must be at least 0.")
     if args.order == 2 and args.triplets:
         raise UserError("--triplets goes with --order 3, the default.")
     listed = args.triplets if args.order == 3 else args.pairs
@@ -245,7 +247,7 @@ def with_labels(combination: Combination, layers: Mapping[int, "LayerSAE"]) -> C
 def run_settings(
     args: argparse.Namespace, opened: "ModelAndCells", layers: Mapping[int, "LayerSAE"], rule: EdgeRule
 ) -> dict[str, Any]:
-    """Everything that determines the numbers of a combination; which combinations are asked for does not."""
+    """Everything that determines the numbers of a combination; which ones are asked for does not, but their layers."""
     from cellcircuits import sae_store
 
     return {
@@ -276,11 +278,12 @@ def report(out_dir: Path, first: Sequence[str] = ()) -> int:
     settings = results.open_folder(out_dir)["settings"]
     if settings.get("experiment") != EXPERIMENT:
         raise UserError(f"{out_dir}: holds another experiment ({settings.get('experiment')}); fix --out-dir.")
-    order = settings["order"]
+    order, named = settings["order"], ("order", "target_layer", "n_cells", "min_abs_d", "min_consistency")
+    if order not in DEFAULT_OUT_DIRS or any(key not in settings for key in named):
+        raise UserError(f"{out_dir / results.MANIFEST}: damaged; restore it or choose another --out-dir.")
     earlier = [*first, *(name for name in combination_results.names_in_summary(out_dir, order) if name not in first)]
     records = combination_results.read_records(out_dir, order, results.settings_fingerprint(settings), earlier)
-    config = {key: settings[key] for key in ("order", "target_layer", "n_cells", "min_abs_d", "min_consistency")}
-    summary = combination_results.summarise(order, records, config)
+    summary = combination_results.summarise(order, records, {key: settings[key] for key in named})
     write_json(out_dir / "summary.json", summary)
     print("\n".join(combination_results.report_lines(order, summary)))
     return 0

@@ -10,6 +10,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from cellcircuits.results import open_folder
 N_HUBS_SHOWN = 12
 LABEL_LENGTH = 44
 COLOUR, ADDITIVE_COLOUR, DOT_COLOUR = "#2f6f8f", "#b0b0b0", "#1a3c4d"
-CLASSES = (("subadditive", "< 0.8"), ("additive", "0.8 to 1.2"), ("superadditive", "> 1.2"))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,6 +51,8 @@ def draw(out_dir: Path) -> int:
     Raises:
         UserError: the folder holds no run, none that has a figure, or a damaged summary.
     """
+    if (out_dir / "selective_summary.json").is_file():
+        raise UserError(f"{out_dir}: there is no figure for a selective trace as a whole; draw its layer folders.")
     experiment = open_folder(out_dir)["settings"].get("experiment")
     figures: dict[str, tuple[str, Callable[[Path], Figure]]] = {
         "exhaustive_feature_tracing": ("exhaustive_tracing.png", exhaustive_tracing),
@@ -136,58 +138,85 @@ def higher_order_ablation(out_dir: Path) -> Figure:
     if not records:
         raise UserError(f"{out_dir}: holds no finished {kind}; run higher_order_ablation.py first.")
     figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
-    ratios_by_order(left, records, order)
-    class_shares(right, records, "" if order == 2 else "_3way")
+    left, right = figure.subplots(1, 2)
+    columns = _columns(records, order)
+    ratios_by_order(left, columns)
+    norms_by_order(right, columns)
     figure.suptitle(f"{len(records)} {kind}s, {settings['n_cells']} cells, read at layer {settings['target_layer']}")
     return figure
 
 
-def ratios_by_order(axes: Axes, records: Sequence[Mapping[str, Any]], order: int) -> None:
-    """Dots of the median ratio of each combination, the additive expectation beside it, joined by a line."""
-    columns: list[tuple[str, list[float], list[float]]] = []
+@dataclass(frozen=True)
+class Column:
+    """Combinations drawn above each other: their ratios of |d|, those if effects added, their norm ratios."""
+
+    name: str
+    observed: list[float]
+    if_additive: list[float]
+    norm_ratios: list[float]
+
+
+def _columns(records: Sequence[Mapping[str, Any]], order: int) -> list[Column]:
+    """Pairs by how they were chosen; for triplets the pairs inside them, then the triplets."""
+
+    def norms(chosen: Sequence[Mapping[str, Any]], *conditions: str) -> list[float]:
+        found = [r["additivity_of_means"].get(name, {}).get("norm_ratio") for r in chosen for name in conditions]
+        return [value for value in found if value is not None]
+
+    def values(key: str, chosen: Sequence[Mapping[str, Any]] = records) -> list[float]:
+        return [r[key] for r in chosen]
+
     if order == 2:
-        for group in dict.fromkeys(r["pair_type"] for r in records):
-            chosen = [r for r in records if r["pair_type"] == group]
-            observed, additive = ([r[key] for r in chosen] for key in ("ratio_median", "ratio_median_if_additive"))
-            columns.append((group.replace("_", " "), observed, additive))
-    else:
-        pairs = [[value for r in records for value in r[key].values()] for key in _keys("pairwise_ratios")]
-        columns.append(("order 2\n(pairs inside the triplets)", *pairs))
-        columns.append(("order 3", *([r[key] for r in records] for key in _keys("threeway_ratio"))))
-    for x, (_, observed, additive) in enumerate(columns):
-        for low, high in zip(observed, additive, strict=True):
-            axes.plot((x - 0.12, x + 0.12), (low, high), color="0.85", zorder=1)
-        axes.scatter([x - 0.12] * len(observed), observed, color=COLOUR, zorder=2, label="observed" if not x else None)
-        axes.scatter(
-            [x + 0.12] * len(additive), additive, color=ADDITIVE_COLOUR, zorder=2,
-            label="exactly additive effects, same cells" if not x else None,
-        )  # fmt: skip
-        axes.hlines(np.median(observed), x - 0.2, x - 0.04, color=DOT_COLOUR, zorder=3)
-        axes.hlines(np.median(additive), x + 0.04, x + 0.2, color=DOT_COLOUR, zorder=3)
-    axes.set_xticks(range(len(columns)), [name for name, *_ in columns])
-    axes.set(xlim=(-0.5, len(columns) - 0.5), ylabel="joint |d| over the sum of single |d|", title="Ratio by order")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, loc="lower left")
+        groups = {group: [r for r in records if r["pair_type"] == group] for group in values("pair_type")}
+        return [
+            Column(
+                group.replace("_", " "), values("ratio_median", chosen), values("ratio_median_if_additive", chosen),
+                norms(chosen, "AB"),
+            )
+            for group, chosen in groups.items()
+        ]  # fmt: skip
+    inside = [[ratio for of_one in values(key) for ratio in of_one.values()] for key in _keys("pairwise_ratios")]
+    return [
+        Column("order 2\n(pairs inside the triplets)", *inside, norms(records, "AB", "AC", "BC")),
+        Column("order 3", *map(values, _keys("threeway_ratio")), norms(records, "ABC")),
+    ]
 
 
 def _keys(key: str) -> tuple[str, str]:
     return key, f"{key}_if_additive"
 
 
-def class_shares(axes: Axes, records: Sequence[Mapping[str, Any]], suffix: str) -> None:
-    """Bars of the share of targets below, around and above ratio 1, observed and if effects added exactly."""
-    for offset, colour, end, name in (
-        (-0.2, COLOUR, "", "observed"),
-        (0.2, ADDITIVE_COLOUR, "_if_additive", "additive"),
-    ):
-        counts = [sum(r[f"n_{label}{suffix}{end}"] for r in records) for label, _ in CLASSES]
-        shares = [100 * count / max(sum(counts), 1) for count in counts]
-        bars = axes.bar(np.arange(len(CLASSES)) + offset, shares, 0.38, color=colour, label=name)
-        axes.bar_label(bars, labels=[f"{share:.1f}%" for share in shares], fontsize=8)
-    axes.set_xticks(range(len(CLASSES)), [f"{label}\n(ratio {limits})" for label, limits in CLASSES])
-    axes.set(ylabel="share of targets, %", title="Targets in the study's classes")
-    axes.legend(frameon=False)
+def ratios_by_order(axes: Axes, columns: Sequence[Column]) -> None:
+    """Dots of the median ratio of each combination, the additive expectation beside it, joined by a line."""
+    for x, column in enumerate(columns):
+        for low, high in zip(column.observed, column.if_additive, strict=True):
+            axes.plot((x - 0.12, x + 0.12), (low, high), color="0.85", zorder=1)
+        _dots(axes, x - 0.12, column.observed, COLOUR, None if x else "observed")
+        _dots(
+            axes, x + 0.12, column.if_additive, ADDITIVE_COLOUR, None if x else "exactly additive effects, same cells"
+        )
+    _finish(axes, columns, "joint |d| over the sum of single |d|", "The study's ratio: cannot tell the two apart")
+    axes.legend(frameon=False, loc="lower left")
+
+
+def norms_by_order(axes: Axes, columns: Sequence[Column]) -> None:
+    """Dots of the norm of the mean joint effect over that of the sum of the single ones; 1 is exactly additive."""
+    axes.axhline(1, color=ADDITIVE_COLOUR, linestyle="--")
+    for x, column in enumerate(columns):
+        _dots(axes, x, column.norm_ratios, COLOUR)
+    _finish(axes, columns, "joint mean effect over the sum (norms)", "Mean effects: 1 is exactly additive")
+
+
+def _dots(axes: Axes, x: float, values: Sequence[float], colour: str, label: str | None = None) -> None:
+    if values:
+        axes.scatter([x] * len(values), values, color=colour, zorder=2, label=label)
+        axes.hlines(np.median(values), x - 0.1, x + 0.1, color=DOT_COLOUR, zorder=3)
+
+
+def _finish(axes: Axes, columns: Sequence[Column], ylabel: str, title: str) -> None:
+    axes.set_xticks(range(len(columns)), [column.name for column in columns])
+    axes.set(xlim=(-0.5, len(columns) - 0.5), ylabel=ylabel, title=title)
+    axes.set_ylim(bottom=0)
 
 
 def trajectory_steering(out_dir: Path) -> Figure:

@@ -198,11 +198,11 @@ def write_choice(
     write_json(out_dir / CHOICE, content)
 
 
-def summarise(out_dir: Path) -> tuple[dict[str, Any], int]:
+def summarise(out_dir: Path) -> tuple[str, int]:
     """Make the tables of every layer and `selective_summary.json` from what the folder holds.
 
     Returns:
-        The summary, and how many chosen features are not traced yet (they are not in it).
+        The summary as text, and how many chosen features are not traced yet (they are not in it).
 
     Raises:
         UserError: the folder holds no selective trace, or one of its layers was traced anew with other settings.
@@ -226,10 +226,11 @@ def summarise(out_dir: Path) -> tuple[dict[str, Any], int]:
             **{key: choice[key] for key in ("source_layers", "downstream_layers", "pathways")},
             "features": features,
         }
+        text = "\n".join(report_lines(summary))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); run the same trace again.") from None
     write_json(out_dir / SUMMARY, summary)
-    return summary, len(choice["features"]) - len(features)
+    return text, len(choice["features"]) - len(features)
 
 
 def _traced(out_dir: Path, fingerprints: Mapping[str, str]) -> tuple[dict[tuple[int, int], dict[str, Any]], int]:
@@ -248,8 +249,8 @@ def _traced(out_dir: Path, fingerprints: Mapping[str, str]) -> tuple[dict[tuple[
 
 def report(out_dir: Path) -> int:
     """Make and print the summary; returns the exit status."""
-    summary, n_missing = summarise(out_dir)
-    print("\n".join(report_lines(summary)))
+    text, n_missing = summarise(out_dir)
+    print(text)
     if n_missing:
         print(f"{n_missing} chosen features are not traced yet; run the same command without --analysis-only.")
     return 0

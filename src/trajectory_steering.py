@@ -106,8 +106,6 @@ def run(args: argparse.Namespace) -> int:
     panel = PUBLISHED_PANEL if args.panel is None else read_panel(args.panel)
 
     # torch and transformers take seconds to import: only once the cheap checks are done
-    import torch
-
     from cellcircuits import sae_store
     from cellcircuits.inputs import open_cells, open_model, open_saes
     from cellcircuits.steering import SteeringBench
@@ -120,9 +118,7 @@ def run(args: argparse.Namespace) -> int:
     check_indices(panel, {layer: opened_sae.sae.n_features for layer, opened_sae in layers.items()}, args.panel)
     panel = with_labels(panel, layers)
     opened = open_cells(args, loaded, trajectory_selection(args))
-    n_threads = torch.get_num_threads()
     trajectory = open_trajectory(args, opened)
-    torch.set_num_threads(n_threads)  # scanpy's neighbour search sets another number for the whole process
     with results.exclusive(args.out_dir):
         settings = run_settings(args, opened, trajectory)
         fingerprint = results.claim_folder(args.out_dir, settings, provenance(opened, trajectory, layers))

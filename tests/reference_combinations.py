@@ -235,14 +235,23 @@ def mean_interactions(union):
     return found
 
 
-def relative_deviations(union, targets):
-    """|mean joint effect - sum of the mean single ones| / |that sum|, lengths over `targets`, per joint condition."""
+def additivity_of_means(union, targets):
+    """Lengths over `targets`, as shares of that of the sum of the mean single effects, per joint condition."""
+
+    def length(values):
+        return sum(float(value) ** 2 for value in values) ** 0.5
+
     mean = {condition: rows.mean(axis=0)[targets] for condition, rows in union.items()}
+    interactions = mean_interactions(union)
     found = {}
     for condition in mean:
         if len(condition) > 1:
             summed = sum(mean[letter] for letter in condition)
-            found[condition] = float((((mean[condition] - summed) ** 2).sum() / (summed**2).sum()) ** 0.5)
+            found[condition] = {
+                "norm_ratio": length(mean[condition]) / length(summed),
+                "relative_deviation": length(mean[condition] - summed) / length(summed),
+                "relative_interaction": length(interactions[condition][targets]) / length(summed),
+            }
     return found
 
 
@@ -268,16 +277,25 @@ class Answer:
         sub, additive, above = classes(ratios[LETTERS[:order]])
         suffix = "_if_additive" if order == 2 else "_3way_if_additive"
         numbers = {f"n_subadditive{suffix}": sub, f"n_additive{suffix}": additive, f"n_superadditive{suffix}": above}
-        interactions = mean_interactions(self.effects.union)
-        numbers["additivity_of_means"] = {
-            name: {"interaction_median": float(np.median(interactions[name][targets])), "relative_deviation": deviation}
-            for name, deviation in relative_deviations(self.effects.union, targets).items()
-        }
+        numbers["additivity_of_means"] = additivity_of_means(self.effects.union, targets)
+        surrogate = dict(self.per_target.d)
+        for condition, rows in self.effects.surrogate.items():
+            surrogate[condition] = [reference.cohens_d(column) for column in rows.T]
+        if_additive = PerTarget(surrogate, {}, {}, targets)
         if order == 2:
-            return numbers | {"ratio_median_if_additive": median_or(ratios["AB"], 1.0)}
+            return numbers | {
+                "ratio_median_if_additive": median_or(ratios["AB"], 1.0),
+                "interaction_median_if_additive": median_or(interactions_of_pair(if_additive), 0.0),
+            }
         pairs = {pair: median_or(ratios[pair], 1.0) for pair in ("AB", "AC", "BC")}
         threeway = median_or(ratios["ABC"], 1.0)
-        return numbers | {"pairwise_ratios_if_additive": pairs, "threeway_ratio_if_additive": threeway}
+        marginal = [abs(surrogate["ABC"][j]) - abs(surrogate["AB"][j]) for j in targets]
+        return numbers | {
+            "pairwise_ratios_if_additive": pairs,
+            "threeway_ratio_if_additive": threeway,
+            "higher_order_interaction_median_if_additive": median_or(interactions_of_triplet(if_additive), 0.0),
+            "marginal_C_given_AB_median_if_additive": median_or(marginal, 0.0),
+        }
 
 
 def answer(model, saes, cells, features, target):

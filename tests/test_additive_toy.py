@@ -202,7 +202,8 @@ class TestNothingIsMediated:
 
 def assert_adds(record: dict[str, Any]) -> None:
     for of_condition in record["additivity_of_means"].values():
-        assert abs(of_condition["interaction_median"]) < 1e-8
+        assert of_condition["norm_ratio"] == pytest.approx(1, abs=1e-8)
+        assert of_condition["relative_interaction"] < 1e-8
         assert of_condition["relative_deviation"] < 1e-8
 
 
@@ -214,6 +215,22 @@ def test_mediation_is_seen(features: Features) -> None:
     observed, additive = ratios(record), ratios(record, "_if_additive")
     assert any(abs(observed[condition] - additive[condition]) > 1e-3 for condition in observed)
     assert all(of_one["relative_deviation"] > 1e-2 for of_one in record["additivity_of_means"].values())
+
+
+def test_only_the_norms_see_redundancy_in_proportion() -> None:
+    """Half of the sum in every cell: d and its ratios stay as they are, the norm of the mean halves."""
+    rng = np.random.default_rng(0)
+    singles = rng.normal(1.0, 0.6, (40, 2, 30))
+    summed = singles.sum(axis=1, keepdims=True)
+    effects = CombinationEffects(
+        measured=np.ones((40, 3), dtype=bool),
+        published=np.concatenate([singles, 0.5 * summed], axis=1),
+        union=np.concatenate([singles, 0.5 * summed], axis=1),
+        additive=np.concatenate([singles, summed], axis=1),
+    )
+    record = combination_statistics(effects, 2, EdgeRule())
+    assert record["ratio_median"] == pytest.approx(record["ratio_median_if_additive"])
+    assert record["additivity_of_means"]["AB"]["norm_ratio"] == pytest.approx(0.5)
 
 
 class TestStatisticsOfTables:

@@ -253,6 +253,8 @@ def test_another_sae_is_refused(study: Study, tmp_path: Path, capsys: pytest.Cap
 
 
 MISTAKES = {
+    "negative seed": (["--pairing-seed", "-1"], None, ["--pairing-seed", "at least 0"]),
+    "absurd number": (["--triplets"], f"1:1,2:2,4:{'9' * 5000}\n", ["mine.txt", "line 1"]),
     "target not after": (["--target-layer", "4"], None, ["--target-layer 4", "layer 4"]),
     "target not in the model": (["--target-layer", "6"], None, ["--target-layer 6", "6 blocks"]),
     "no SAE": (["--triplets"], "1:1,2:2,3:3\n", ["no SAE of layer 3"]),
@@ -314,7 +316,10 @@ def test_triplets_are_chosen_from_pairs(study: Study, tmp_path: Path):
     summary = json.loads((tmp_path / "triplets" / "summary.json").read_text())
     names = [(entry["triplet_id"], entry["pathway"]) for entry in summary["per_triplet_results"]]
     assert names == [("L1_F0_x_L2_F9_x_L4_F5", "rna"), ("L1_F7_x_L2_F30_x_L4_F12", "vesicle")]
-    assert summary["n_same_pathway"] == 2 and summary["same_pathway_3way_ratio_if_additive"] > 0
+    assert summary["n_same_pathway"] == 2
+    for key in ("3way_ratio", "3way_ratio_if_additive"):
+        of_two = [entry[f"three{key.removeprefix('3')}"] for entry in summary["per_triplet_results"]]
+        assert summary[f"same_pathway_{key}"] == pytest.approx(sum(of_two) / 2) != 0
 
 
 def test_one_cell_only(study: Study, tmp_path: Path):

@@ -60,7 +60,7 @@ def test_signaling_takes_no_term_from_another_pathway():
 
 def test_a_user_s_table(tmp_path: Path):
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"heat": ["Heat shock", " HSP "], "fold": {"any": ["folding"], "none": ["DNA"]}}))
+    path.write_text(json.dumps({" heat ": ["Heat shock", " HSP "], "fold": {"any": ["folding"], "none": ["DNA"]}}))
     mine = read_pathways(path)
     assert mine == (Pathway("heat", ("heat shock", "hsp")), Pathway("fold", ("folding",), ("dna",)))
     assert pathway_of("Protein folding by HSP90", mine) == "heat"

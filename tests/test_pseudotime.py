@@ -36,8 +36,10 @@ def line():
     return counts, place, neighbour_graph(counts)
 
 
-def test_equals_the_recipe_written_out(line):
-    counts, _, graph = line
+@pytest.mark.parametrize("n_genes", [40, 2000])
+def test_equals_the_recipe_written_out(line, n_genes):
+    counts = line[0]
+    graph = neighbour_graph(counts, GraphSizes(n_genes=n_genes))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import scanpy as sc
@@ -46,10 +48,10 @@ def test_equals_the_recipe_written_out(line):
         adata = AnnData(counts.astype(np.float32))
         sc.pp.normalize_total(adata, target_sum=1e4)
         sc.pp.log1p(adata)
-        sc.pp.highly_variable_genes(adata, n_top_genes=120, flavor="seurat")
+        sc.pp.highly_variable_genes(adata, n_top_genes=min(n_genes, 120), flavor="seurat")
         n_variable = int(adata.var.highly_variable.sum())
         sc.pp.pca(adata, n_comps=min(50, n_variable - 1))
-        sc.pp.neighbors(adata, n_neighbors=15, n_pcs=30)
+        sc.pp.neighbors(adata, n_neighbors=15, n_pcs=min(30, n_variable - 1))
         sc.tl.diffmap(adata, n_comps=10)
         adata.uns["iroot"] = 7
         sc.tl.dpt(adata)
@@ -113,8 +115,13 @@ class TestSizes:
         with caplog.at_level(logging.INFO):
             times = diffusion_pseudotime(neighbour_graph(cells_along_a_line(8, 30)[0]), 0)
         assert np.isfinite(times).all()
-        assert "with 8 cells the pseudotime uses GraphSizes(" in caplog.text
-        assert "n_neighbors=7" in caplog.text
+        assert "the pseudotime of 8 cells takes n_genes" in caplog.text
+        assert "n_neighbors 7 instead of 15" in caplog.text
+
+    def test_what_is_not_cut_is_not_said(self, caplog):
+        with caplog.at_level(logging.INFO):
+            neighbour_graph(cells_along_a_line(40)[0], GraphSizes(30, 10, 5, 15, 10))
+        assert "the pseudotime of" not in caplog.text
 
     @pytest.mark.parametrize("n_cells", [5, 6, 12, 16])
     def test_small_data_work(self, n_cells):

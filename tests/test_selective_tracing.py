@@ -153,6 +153,11 @@ class TestBestAnnotated:
             best_of(tmp_path)
         assert all(word in str(error.value) for word in ["feature_annotations.json", *words]), error.value
 
+    def test_an_ontology_of_another_form_is_one_more(self, tmp_path: Path):
+        entries = {"1": [term(["KEGG"], "Cell cycle", 1e-3), term("KEGG", "Cell cycle", 1e-3)]}
+        write_layer(tmp_path, {1: (0.1, 10)}, entries, None)
+        assert best_of(tmp_path)[0].score == pytest.approx(20 + 2 + 3)
+
     def test_no_annotations(self, tmp_path: Path):
         write_layer(tmp_path, {1: (0.1, 20)}, {}, None)
         (tmp_path / "feature_annotations.json").unlink()
@@ -357,7 +362,9 @@ class TestScript:
         path.write_text(json.dumps(choice | {"fingerprints": {"4": "other"}}))
         error = refusal(capsys, script.main(["--out-dir", str(tmp_path), "--analysis-only"]))
         assert "layer04" in error and "other settings" in error
-        for damaged in ({}, [], choice | {"features": [{}]}, choice | {"fingerprints": []}):
+        unnamed = [{key: value for key, value in one.items() if key != "pathway"} for one in choice["features"]]
+        changes = ({"features": [{}]}, {"fingerprints": []}, {"pathways": None}, {"source_layers": None})
+        for damaged in ({}, [], *(choice | change for change in (*changes, {"features": unnamed}))):
             path.write_text(json.dumps(damaged))
             error = refusal(capsys, script.main(["--out-dir", str(tmp_path), "--analysis-only"]))
             assert str(path) in error and "damaged" in error

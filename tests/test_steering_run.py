@@ -137,6 +137,22 @@ def test_a_damaged_file_is_made_again_and_said(tmp_path: Path, caplog: pytest.Lo
     }
 
 
+def test_files_of_another_run_are_made_again_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    setup = Setup(dtype=torch.float32)
+    setup.steer(tmp_path)
+    setup.steer(tmp_path / "other", fingerprint="another", cells=setup.cells[::-1])
+    name = f"steering_{setup.panel[2].name}.json"
+    before = files_in(tmp_path)
+    for file in (name, "state_signatures.npz"):
+        (tmp_path / file).write_bytes((tmp_path / "other" / file).read_bytes())
+    assert setup.steer(tmp_path).spent.n_clean_passes == 6
+    assert name in caplog.text and "state_signatures.npz is of another run" in caplog.text
+    with np.load(tmp_path / "state_signatures.npz") as kept:
+        assert kept["fingerprint"].item() == "run"
+    found, expected = (json.loads(files[name])["alpha_results"]["2.0"] for files in (files_in(tmp_path), before))
+    assert found["state_shifts"] == pytest.approx(expected["state_shifts"], rel=1e-3, abs=1e-8)
+
+
 def test_a_larger_panel_adds_its_features(tmp_path: Path):
     setup = Setup(SHAPES[3])
     whole = setup.panel
@@ -222,6 +238,7 @@ def test_out_of_memory_halves_the_batch(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_an_engine_that_disagrees_with_a_full_pass_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     setup = Setup(dtype=torch.float32)
+    setup.early, setup.late = np.array([2, 3, 5]), np.array([0, 1, 8])  # late cells run before the engine is compared
     real = SteeringBench.mean_changes
     monkeypatch.setattr(steering_run, "SAVE_EVERY_SECONDS", -1.0)
     monkeypatch.setattr(SteeringBench, "mean_changes", lambda *args: 1.1 * real(*args))

@@ -150,6 +150,12 @@ class TestRule:
         panel = switches.switch_features({0: found}, switches.SwitchRule(), {0: dict.fromkeys(range(20), "")})
         assert [x["idx"] for x in panel] == list(range(12 if panel[0]["kind"] == "ON" else 8))
 
+    def test_the_smallest_size_counts(self):
+        d = np.array([0.5, -0.5, 0.499, -0.499])
+        found = switches.LayerStatistics(np.arange(4), *(np.ones(4), d, np.zeros(4), np.ones(4), np.zeros(4)))
+        panel = switches.switch_features({0: found}, switches.SwitchRule(), {0: dict.fromkeys(range(4), "")})
+        assert [(x["idx"], x["kind"]) for x in panel] == [(0, "ON"), (1, "OFF")]
+
     def test_nothing_tested_gives_nothing(self):
         order = random_order(np.random.default_rng(0))
         found = switches.layer_statistics(np.zeros((N_CELLS, 5), dtype=np.float32), order, 0.05)

@@ -132,6 +132,9 @@ class TestSelection:
             parsed(path, "--cell-types", " ; ")
         assert "names nothing" in capsys.readouterr().err
 
+    def test_a_text_too_long_for_a_file_s_name(self):
+        assert trajectory_flags.name_list("x" * 5000) == ("x" * 5000,)
+
 
 def made(times) -> Trajectory:
     return Trajectory(np.array(times, dtype=float), ("x",) * len(times), ("",) * len(times), "a test")
@@ -263,10 +266,21 @@ class TestMetadata:
         message = self.refusal(path, tmp_path, content)
         assert "20 pseudotime, 20 cell_types, 19 tissues, 20 cell_ids" in message
 
-    @pytest.mark.parametrize("value", ["early", True, [0.1]])
+    @pytest.mark.parametrize("value", ["early", True, [0.1], 10**400])
     def test_values_that_are_no_numbers(self, path, content, tmp_path, no_scanpy, value):
         content["pseudotime"][4] = value
         assert "the pseudotime of cell 4 is" in self.refusal(path, tmp_path, content)
+
+    @pytest.mark.parametrize("depth", [[30], "30", {}])
+    def test_a_depth_that_is_none_is_computed(self, path, content, tmp_path, no_scanpy, caplog, depth):
+        assert self.refusal(path, tmp_path, {**content, "downsample_to": depth}) == "would compute"
+        assert f"was made from {depth} counts per cell, and this run takes all counts" in caplog.text
+
+    def test_root_flags_that_change_nothing_are_named(self, path, content, tmp_path, no_scanpy, caplog):
+        assert self.read(path, tmp_path, content, "--root-tissue", "Bone_Marrow").root == "cell0"
+        assert "without effect" not in caplog.text
+        self.read(path, tmp_path, content, "--root-cell-type", "egg", "--root-markers", "GENE3")
+        assert "has a root of its own; --root-cell-type and --root-markers: without effect" in caplog.text
 
     @pytest.mark.parametrize("content", [[], {"cell_types": []}, {"pseudotime": 1}])
     def test_not_a_trajectory(self, path, tmp_path, no_scanpy, content):
@@ -333,6 +347,10 @@ class TestComputed:
         assert all(f"{name} (15)" in message for name in TYPES)
         assert "--pseudotime-fallback umap" in message
 
+    def test_a_missing_type_is_no_root(self):
+        assert trajectory_root.root_candidates(["", "b", ""], ["", "", ""], "", "").tolist() == []
+        assert trajectory_root.root_candidates(["", "b", "B"], ["", "", ""], "b", "").tolist() == [1, 2]
+
     def test_umap_on_request_only(self, path, caplog):
         flags = ("--root-cell-type", "egg", "--pseudotime-fallback", "umap")
         found = opened_trajectory(path, *self.flags, *flags)
@@ -341,7 +359,7 @@ class TestComputed:
         assert "whose direction means nothing" in caplog.text
 
     def test_counts_are_those_of_the_tokens(self, path):
-        args = parsed(path, *self.flags, "--downsample-to", "60")
+        args = parsed(path, *self.flags, "--downsample-to", "60", "--n-cells", "20")
         opened = opened_cells(args)
         matrix = trajectory_root.read_run_counts(args, opened)
         assert (np.asarray(matrix.counts.sum(axis=1)) == 60).all()
@@ -382,22 +400,3 @@ class TestDisconnected:
         found = opened_trajectory(islands, *self.flags, "--pseudotime-fallback", "umap")
         assert found.source == "umap axis 0"
         assert found.measured.all()
-
-
-class TestConfounds:
-    def test_rank_correlations_over_the_cells_with_a_pseudotime(self):
-        rng = np.random.default_rng(0)
-        time = rng.uniform(0, 1, 30)
-        genes, depth = 200 + 50 * time + rng.normal(0, 10, 30), rng.integers(100, 110, 30).astype(float)
-        holes = time.copy()
-        holes[[3, 9]] = np.nan
-        kept = [n for n in range(30) if n not in (3, 9)]
-        found = trajectory.confounds(holes, genes, depth)
-        for name, values in (("n_genes_detected", genes), ("depth", depth)):
-            rho = pytest.approx(spearmanr(time[kept], values[kept]).statistic)
-            assert found[name] == {"rho": rho, "n": 28}
-
-    def test_equal_depth_has_none(self):
-        found = trajectory.confounds(np.arange(5.0), np.arange(5.0), np.full(5, 100.0))
-        assert found["depth"] == {"rho": None, "n": 5}
-        assert found["n_genes_detected"]["rho"] == pytest.approx(1)

@@ -10,6 +10,7 @@ from scipy import sparse
 from scipy.stats import spearmanr
 
 import trajectory_analysis as script
+from cellcircuits import trajectory
 from conftest import Study, write_study
 
 TYPES = ("hematopoietic stem cell", "monocyte")
@@ -207,3 +208,22 @@ class TestRefusals:
         flags = ("--data-path", str(tmp_path / "other.h5ad"))
         assert "--min-mapped" in refusal(capsys, study, tmp_path / "out", *flags)
         assert not (tmp_path / "out").exists()
+
+
+class TestConfounds:
+    def test_rank_correlations_over_the_cells_with_a_pseudotime(self):
+        rng = np.random.default_rng(0)
+        time = rng.uniform(0, 1, 30)
+        genes, depth = 200 + 50 * time + rng.normal(0, 10, 30), rng.integers(100, 110, 30).astype(float)
+        holes = time.copy()
+        holes[[3, 9]] = np.nan
+        kept = [n for n in range(30) if n not in (3, 9)]
+        found = trajectory.confounds(holes, genes, depth)
+        for name, values in (("n_genes_detected", genes), ("depth", depth)):
+            rho = pytest.approx(spearmanr(time[kept], values[kept]).statistic)
+            assert found[name] == {"rho": rho, "n": 28}
+
+    def test_equal_depth_has_none(self):
+        found = trajectory.confounds(np.arange(5.0), np.arange(5.0), np.full(5, 100.0))
+        assert found["depth"] == {"rho": None, "n": 5}
+        assert found["n_genes_detected"]["rho"] == pytest.approx(1)

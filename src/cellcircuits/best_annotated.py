@@ -114,7 +114,7 @@ def _by_entries(
     naming = next((entry for entry in entries if entry.get("ontology") in PREFERRED_ONTOLOGIES), entries[0])
     adjusted = [p for p in (_probability(entry, "p_adjusted", where) for entry in entries) if p is not None]
     p_value = _probability(naming, "p_value", where)
-    n_ontologies = len({entry.get("ontology") for entry in entries})
+    n_ontologies = len({str(entry.get("ontology")) for entry in entries})
     return AnnotatedFeature(
         layer=layer,
         index=info.index,

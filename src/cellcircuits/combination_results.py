@@ -1,5 +1,6 @@
 """Records and summaries of experiment 2: pairs and triplets. Standard library only."""
 
+import json
 import logging
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,10 +14,7 @@ from cellcircuits.results import SCHEMA_VERSION
 
 log = logging.getLogger(__name__)
 KINDS = {2: "pair", 3: "triplet"}
-NEEDED = {
-    2: ("pair_id", "pathway", "pair_type", "ratio_median", "ratio_median_if_additive", "n_significant"),
-    3: ("triplet_id", "pathway", "triplet_type", "threeway_ratio", "threeway_ratio_if_additive", "n_significant"),
-}
+RATIO = {2: "ratio_median", 3: "threeway_ratio"}
 
 
 def record_path(out_dir: Path, combination: Combination) -> Path:
@@ -60,12 +58,16 @@ def read_record(path: Path, fingerprint: str) -> dict[str, Any] | None:
         return None
     try:
         content = read_json(path)
-    except UserError:
-        content = None
-    order = next((order for order, kind in KINDS.items() if path.name.startswith(f"{kind}_")), 0)
-    is_whole = isinstance(content, dict) and content.get("fingerprint") == fingerprint
-    if not is_whole or any(key not in content for key in NEEDED.get(order, ())):
-        log.warning("%s is damaged or of another run: it is not counted.", path)
+        order = next(order for order, kind in KINDS.items() if path.name.startswith(f"{kind}_"))
+        name = content[f"{KINDS[order]}_id"]
+        is_whole = content["fingerprint"] == fingerprint and path.name == f"{KINDS[order]}_{name}.json"
+        # all that the summary needs of it
+        json.dumps([content, content["elapsed_seconds"] / 60], allow_nan=False)
+        _row(order, content)
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        log.warning("%s is damaged, of another run or under another name: it is not counted.", path)
         return None
     return content
 
@@ -85,7 +87,7 @@ def names_in_summary(out_dir: Path, order: int) -> list[str]:
     try:
         kept = read_json(out_dir / "summary.json")
         return [
-            entry[f"{kind}_id"]
+            str(entry[f"{kind}_id"])
             for key in (f"per_{kind}_results", "control_pair_results")
             for entry in kept.get(key, ())
         ]
@@ -99,7 +101,7 @@ def summarise(order: int, records: Sequence[Mapping[str, Any]], config: Mapping[
     Random pairs are listed apart, so that no choice of triplets takes their features for a pathway's.
     """
     kind = KINDS[order]
-    key = "ratio_median" if order == 2 else "threeway_ratio"
+    key = RATIO[order]
     name = "ratio" if order == 2 else "3way_ratio"
     groups = {group: [r for r in records if r[f"{kind}_type"] == group] for group in (SAME, CROSS, RANDOM)}
     listed = [r for r in records if r[f"{kind}_type"] != RANDOM] if order == 2 else list(records)
@@ -130,17 +132,22 @@ def report_lines(order: int, summary: Mapping[str, Any]) -> Iterable[str]:
     yield "  ratio: size of the joint effect over the sum of the single ones (|Cohen's d|, median over the targets)"
     yield "  additive: the ratio that exactly additive effects of the same cells would give; compare with this, not 1"
     yield f"  {'ratio':>7} {'additive':>9} {'targets':>8} {'cells':>6}  {kind}"
-    key, everything = ("ratio_median", "AB") if order == 2 else ("threeway_ratio", "ABC")
     for r in records:
-        n_targets, n_cells = r["n_significant"]["any"], r["n_active"][everything]
-        what = r[f"{kind}_id"].replace("_x_", " x ").replace("_F", "/F")
-        yield (
-            f"  {r[key]:>7.3f} {r[f'{key}_if_additive']:>9.3f} {n_targets:>8} {n_cells:>6}  {what}  "
-            f"({r['pathway']}, {r[f'{kind}_type']})"
-        )
+        yield _row(order, r)
     for group in (SAME, CROSS, RANDOM):
         name = "ratio" if order == 2 else "3way_ratio"
         ratio = summary.get(f"{group}_{name}")
         if ratio is not None:
             additive = summary[f"{group}_{name}_if_additive"]
             yield f"  {group}: median ratio {ratio:.3f}; exactly additive effects would give {additive:.3f}"
+
+
+def _row(order: int, record: Mapping[str, Any]) -> str:
+    """One combination as a line of the table."""
+    kind, ratio, additive = KINDS[order], record[RATIO[order]], record[f"{RATIO[order]}_if_additive"]
+    n_targets, n_cells = record["n_significant"]["any"], record["n_active"][LETTERS[:order]]
+    what = record[f"{kind}_id"].replace("_x_", " x ").replace("_F", "/F")
+    return (
+        f"  {ratio:>7.3f} {additive:>9.3f} {n_targets:>8} {n_cells:>6}  {what}  "
+        f"({record['pathway']}, {record[f'{kind}_type']})"
+    )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from cellcircuits import combination_results
 from cellcircuits.cells import Cell
 from cellcircuits.combination_stats import CombinationEffects, combination_statistics, condition_name, conditions
-from cellcircuits.combinations import Combination
+from cellcircuits.combinations import LISTED, Combination
 from cellcircuits.device import host_memory
 from cellcircuits.errors import UserError
 from cellcircuits.joint import CleanPath, JointBench, LayerFeature, joint_ablation_effect
@@ -123,7 +124,8 @@ class CombinationRun:
     batch_size: int | None = None
 
     def measure(self, chosen: Sequence[Combination]) -> None:
-        """Measure every combination whose record is not on disk yet."""
+        """Measure every combination whose record is not on disk yet, one chosen twice only once."""
+        chosen = list({combination.name: combination for combination in chosen}.values())
         left = [combination for combination in chosen if not self.is_finished(combination)]
         self.write_progress(len(chosen), len(left))
         log.info("%d combinations to measure, %d of them already done", len(chosen), len(chosen) - len(left))
@@ -153,10 +155,11 @@ class CombinationRun:
         record = combination_results.read_record(path, self.fingerprint)
         if record is None:
             return False
-        if self.save_effects and not self.effects_path(combination).is_file():
+        if self.save_effects and not is_zipfile(self.effects_path(combination)):
             return False
         described = record | combination_results.description(combination)
-        if described != record:
+        knows_more = combination.kind == LISTED and record["pathway"] != LISTED  # a plain list names no pathway
+        if described != record and not knows_more:
             write_json(path, described)
         self.partial_path(combination).unlink(missing_ok=True)
         return True
@@ -244,10 +247,11 @@ class CombinationRun:
         """A cell and a combination with all features active in it, or any of them where there is none such."""
         for wanted in (all, any):
             for i in range(min(len(clean), 10)):
+                path = clean[i]
                 for combination in chosen:
                     features = [(feature.layer, feature.index) for feature in combination.features]
-                    if wanted(clean[i].active(feature).any() for feature in features):
-                        return clean[i], features
+                    if wanted(path.active(feature).any() for feature in features):
+                        return path, features
         return None
 
 

@@ -108,7 +108,8 @@ def _ratios(d: ByCondition, joint: ByCondition, members: Condition) -> NDArray[n
     return additivity_ratio(joint[members], np.stack([d[(i,)] for i in members]))
 
 
-def _classes(ratios: NDArray[np.float64], suffix: str) -> dict[str, int]:
+def class_counts(ratios: NDArray[np.float64], suffix: str) -> dict[str, int]:
+    """How many ratios are below 0.8, from 0.8 to 1.2, and above 1.2, as keys of a record."""
     n_below, n_above = int((ratios < SUBADDITIVE_BELOW).sum()), int((ratios > SUPERADDITIVE_ABOVE).sum())
     return {
         f"n_subadditive{suffix}": n_below,
@@ -131,9 +132,10 @@ def _pair_keys(d: ByCondition, d_if_additive: ByCondition) -> dict[str, Any]:
     return {
         "ratio_median": _median(ratios, 1.0),
         "ratio_median_if_additive": _median(if_additive, 1.0),
-        **_classes(ratios, ""),
-        **_classes(if_additive, "_if_additive"),
+        **class_counts(ratios, ""),
+        **class_counts(if_additive, "_if_additive"),
         "interaction_median": _median(interaction(_abs(d), both), 0.0),
+        "interaction_median_if_additive": _median(interaction(_abs(d_if_additive), both), 0.0),
     }
 
 
@@ -145,10 +147,19 @@ def _triplet_keys(d: ByCondition, d_if_additive: ByCondition) -> dict[str, Any]:
         "pairwise_ratios_if_additive": {condition_name(s): _median(_ratios(d, d_if_additive, s), 1.0) for s in pairs},
         "threeway_ratio": _median(ratios, 1.0),
         "threeway_ratio_if_additive": _median(if_additive, 1.0),
-        **_classes(ratios, "_3way"),
-        **_classes(if_additive, "_3way_if_additive"),
-        "higher_order_interaction_median": _median(interaction(_abs(d), all_three), 0.0),
-        "marginal_C_given_AB_median": _median(np.abs(d[all_three]) - np.abs(d[(0, 1)]), 0.0),
+        **class_counts(ratios, "_3way"),
+        **class_counts(if_additive, "_3way_if_additive"),
+        **_size_differences(d, ""),
+        **_size_differences(d_if_additive, "_if_additive"),
+    }
+
+
+def _size_differences(d: ByCondition, suffix: str) -> dict[str, float]:
+    """The study's interaction of three features, and what C adds to AB, in units of |d|."""
+    size, all_three = _abs(d), (0, 1, 2)
+    return {
+        f"higher_order_interaction_median{suffix}": _median(interaction(size, all_three), 0.0),
+        f"marginal_C_given_AB_median{suffix}": _median(size[all_three] - size[(0, 1)], 0.0),
     }
 
 
@@ -157,8 +168,14 @@ def _additivity_of_means(
 ) -> dict[str, Any]:
     """Do mean effects add, on the same cells and positions for every condition?
 
-    Per joint condition: the median interaction in activation units, and how far the joint mean effect is from
-    the sum of the single ones, as a share of that sum's norm (0 is exactly additive; None without any effect).
+    Per joint condition, as shares of the norm over the targets of the sum of the single mean effects:
+
+    - `norm_ratio`, the norm of the joint mean effect: 1 where effects add, less for redundancy or mediation;
+    - `relative_deviation`, the norm of joint - sum, which sees any departure, also of direction;
+    - `relative_interaction`, the norm of what the condition's own subsets do not explain.
+
+    None where the single effects are 0 or cancel. Unlike the ratios of |d| these see a joint effect that is the
+    same share of the sum in every cell.
     """
     present = effects.measured[:, -1]  # the full combination is measured wherever any condition is
     if not present.any() or not targets.any():
@@ -168,8 +185,12 @@ def _additivity_of_means(
     for s in (s for s in subsets if len(s) > 1):
         summed = np.sum([mean[(i,)] for i in s], axis=0)
         norm = float(np.linalg.norm(summed))
+        parts = {
+            "norm_ratio": mean[s],
+            "relative_deviation": mean[s] - summed,
+            "relative_interaction": interaction(mean, s),
+        }
         answer[condition_name(s)] = {
-            "interaction_median": float(np.median(interaction(mean, s))),
-            "relative_deviation": float(np.linalg.norm(mean[s] - summed)) / norm if norm else None,
+            name: float(np.linalg.norm(part)) / norm if norm else None for name, part in parts.items()
         }
     return answer

@@ -22,6 +22,7 @@ LETTERS = "ABC"
 SUMMARY_LISTS = ("per_pair_results", "per_triplet_results")
 TRIPLET_LAYERS = (0, 5, 11)
 MOST_PER_PATHWAY = 3
+MOST_DIGITS = 100  # of a number in a list; Python refuses to read one of thousands
 # one pathway per layer, earliest layer first
 CROSS_TRIPLETS = (("ddr", "mitosis", "mitosis"), ("signaling", "mitosis", "vesicle"))
 
@@ -160,7 +161,8 @@ def choose_triplets(
     if len(chosen) < n_triplets:
         notes.append(f"{len(chosen)} triplets of {n_triplets} asked: the pairs give no more")
     names = [triplet.name for triplet in chosen]
-    notes += [f"{name} is chosen for two pathways" for name in dict.fromkeys(names) if names.count(name) > 1]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    notes += [f"{name} is chosen for two pathways; it is measured once, under the second" for name in twice]
     return chosen, notes
 
 
@@ -246,8 +248,8 @@ def _line_entries(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         features = []
         for word in words:
             layer, _, index = word.partition(":")
-            if not (layer.isdecimal() and index.isdecimal()):
-                raise UserError(f"{where}: {word!r} is not LAYER:INDEX; write lines such as {_example(2)}.")
+            if not (layer.isdecimal() and index.isdecimal() and len(word) < MOST_DIGITS):
+                raise UserError(f"{where}: {word[:60]!r} is not LAYER:INDEX; write lines such as {_example(2)}.")
             features.append([int(layer), int(index)])
         yield where, {"features": features}
 
@@ -302,7 +304,7 @@ def _count_of(value: Any, what: str) -> int:
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{what} is {_short(value)}, expected a text.")
-    return value
+    return " ".join(value.split())
 
 
 def _commas(numbers: Sequence[int]) -> str:

@@ -5,12 +5,14 @@ arithmetic happens in NumPy on the host.
 """
 
 import os
+from pathlib import Path
 
 import torch
 
 from cellcircuits.errors import UserError
 
 CPU_BATCH_BYTES = 1 << 30
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def choose_device(name: str) -> torch.device:
@@ -37,8 +39,13 @@ def batch_memory(device: torch.device) -> int:
 
 
 def host_memory() -> int:
-    """Physical memory of the machine, in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Memory of the machine or, where that is less, of the container it gives us, in bytes."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = int(CONTAINER_LIMIT.read_text())
+    except (OSError, ValueError):  # no container, or one without a limit
+        return physical
+    return min(physical, limit)
 
 
 def describe_device(device: torch.device) -> str:

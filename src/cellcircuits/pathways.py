@@ -78,7 +78,7 @@ def _pathway(name: str, keywords: Any, path: Path) -> Pathway:
         raise UserError(f"{path}: pathway {name} has a key {unknown[0]!r}; {FORM}.")
     any_of = _keywords(table.get("any"), f"{path}: pathway {name}")
     none_of = _keywords(table["none"], f"{path}: `none` of pathway {name}") if table.get("none") else ()
-    return Pathway(name, any_of, none_of)
+    return Pathway(" ".join(name.split()), any_of, none_of)
 
 
 def _keywords(words: Any, where: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -92,8 +92,10 @@ def neighbour_graph(counts: sp.csr_matrix, sizes: GraphSizes | None = None) -> "
     expressed = counts.getnnz(axis=0) > 0
     wanted = sizes or GraphSizes()
     fitted = wanted.fitted(counts.shape[0], int(expressed.sum()))
-    if fitted != wanted:
-        log.info("Note: with %d cells the pseudotime uses %s instead of %s.", counts.shape[0], fitted, wanted)
+    sizes_of = zip(asdict(wanted).items(), asdict(fitted).values(), strict=True)
+    cut = [f"{name} {now} instead of {before}" for (name, before), now in sizes_of if now != before]
+    if cut:
+        log.info("Note: the pseudotime of %d cells takes %s.", counts.shape[0], ", ".join(cut))
     with _scanpy_at_work():
         import scanpy as sc
         from anndata import AnnData

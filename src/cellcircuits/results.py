@@ -261,6 +261,31 @@ def report_lines(
         yield f"    {feature:>10} {hub['total_edges']:>7} {hub['n_cells_active']:>5}  {name}"
 
 
+def require_same_origin(flag: str, folders: Iterable[Path], settings: Mapping[str, Any]) -> None:
+    """Check that what earlier runs chose, they chose with the model and the SAEs of this run.
+
+    Args:
+        flag: the flag that names what they chose.
+        folders: of the earlier runs; those without a manifest, which came from elsewhere, are not checked.
+        settings: of this run.
+
+    Raises:
+        UserError: a feature's number there means another feature here.
+    """
+    for folder in (folder for folder in folders if (folder / MANIFEST).is_file()):
+        kept = open_folder(folder)["settings"]
+        layers = settings["saes"].keys() & kept.get("saes", {}).keys()
+        there, here = (
+            {"model": s["model"], "saes": {layer: s["saes"][layer] for layer in layers}} for s in (kept, settings)
+        )
+        differences = list(setting_differences(there, here))
+        if differences:
+            raise UserError(
+                f"{flag}: {folder} was made with another model or SAE ({'; '.join(differences)}), so its features are "
+                "others; make it again with these."
+            )
+
+
 def setting_differences(kept: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
     """Each setting that differs, in words; both are nested dicts of plain JSON values."""
     for key in dict.fromkeys([*kept, *current]):

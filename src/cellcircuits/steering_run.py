@@ -134,8 +134,8 @@ class Steerer:
         marks = {feature: self.mark(feature) for feature in group}
         so_far = Unfinished.empty(marks, self.alphas, len(self.early), n_ends, d_model)
         so_far.restore(self.partial_path)
-        needed = np.isin(self.ends, self.early) if self.kept_signatures() else np.ones(n_ends, dtype=bool)
         is_early = np.isin(self.ends, self.early)
+        needed = is_early if self.kept_signatures() else np.ones(n_ends, dtype=bool)
 
         def save(*, at_once: bool = False) -> None:
             due = at_once or time.monotonic() - self.last_save > SAVE_EVERY_SECONDS

@@ -37,7 +37,7 @@ def add_edge_flags(group: argparse._ActionsContainer) -> None:
         help="and a larger sign consistency (default: %(default)s)",
     )
     group.add_argument(
-        "--batch-size", type=cli.natural, default=None, help="features per batch (default: what memory allows)"
+        "--batch-size", type=cli.natural, default=None, help="ablations run at once (default: what memory allows)"
     )
 
 

@@ -20,6 +20,7 @@ from cellcircuits import cli
 from cellcircuits.cells import Cell
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import read_json, write_json
+from cellcircuits.trajectory_flags import root_flags_given
 from cellcircuits.trajectory_root import compute_pseudotime, disconnected_cells
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ SCHEMA_VERSION = 1
 METADATA = "cell_metadata.json"
 EARLY_PERCENTILE, LATE_PERCENTILE = 33.3, 66.7
 MIN_GROUP = 2
+LARGEST_INTEGER = 1e300
 MORE_CELLS = "take more cells (--n-cells), other ones (--cell-types, --tissues) or another root (--root-cell-type)"
 
 
@@ -162,6 +164,9 @@ def _from_metadata(
         )
     pseudotime = _numbers(path, content["pseudotime"])[order]
     pseudotime = _without_infinite(pseudotime, cell_types, args.disconnected, str(path))
+    ignored = root_flags_given(args)
+    if ignored:
+        log.warning("Note: %s has a root of its own; %s: without effect.", path, " and ".join(ignored))
     root = content.get("root")
     how = "by ids" if "cell_ids" in content else "by number of cells"
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -191,8 +196,7 @@ def _match_cells(
     """Where each of the run's cells is listed, (n_cells,), or None and the reason why it is for other cells."""
     kept = content.get("downsample_to")
     if kept != downsample_to:
-        said = {None: "all counts"}
-        there, here = said.get(kept, f"{kept} counts per cell"), said.get(downsample_to, f"{downsample_to} per cell")
+        there, here = ("all counts" if depth is None else f"{depth} counts per cell" for depth in (kept, downsample_to))
         return None, f"it was made from {there}, and this run takes {here} (--downsample-to)"
     names = [cell.name for cell in cells]
     if "cell_ids" not in content:
@@ -217,7 +221,8 @@ def _same_types(content: Mapping[str, Any], cell_types: Sequence[str]) -> bool:
 def _numbers(path: Path, values: Sequence[Any]) -> NDArray[np.float64]:
     """The listed pseudotimes, null as NaN."""
     for number, value in enumerate(values):
-        if value is not None and type(value) not in (int, float):
+        # an integer may be too large for a float
+        if not (value is None or type(value) is float or (type(value) is int and abs(value) < LARGEST_INTEGER)):
             raise UserError(f"{path}: the pseudotime of cell {number} is {value!r:.60}, not a number or null.")
     return np.array([math.nan if value is None else float(value) for value in values])
 

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 ALL = "all"
+ROOT_CELL_TYPE = "hematopoietic stem cell"
+ROOT_TISSUE = "Bone_Marrow"
 N_VALUES_SHOWN = 40
 # The published choice: myeloid and lymphoid types of Tabula Sapiens, lower-cased.
 CELL_TYPES = (
@@ -58,10 +61,9 @@ def name_list(text: str) -> tuple[str, ...] | None:
     if text.strip() == ALL:
         return None
     parts = text.split(";")
-    path = Path(text)
-    if ";" not in text and path.is_file():
+    if len(parts) == 1 and os.path.isfile(text):  # noqa: PTH113 (Path.is_file fails on a text too long for a name)
         try:
-            parts = path.read_text(encoding="utf-8").splitlines()
+            parts = Path(text).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise argparse.ArgumentTypeError(f"{text}: cannot be read as text ({error})") from None
     names = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
@@ -143,13 +145,13 @@ def _add_pseudotime_flags(add: Callable[..., Any]) -> None:
     )
     add(
         "--root-cell-type",
-        default="hematopoietic stem cell",
+        default=ROOT_CELL_TYPE,
         metavar="NAME",
         help="type of the cell where pseudotime starts (default: %(default)s)",
     )
     add(
         "--root-tissue",
-        default="Bone_Marrow",
+        default=ROOT_TISSUE,
         metavar="NAME",
         help="tissue to look for it first; anywhere if there is none in it (default: %(default)s)",
     )
@@ -175,6 +177,12 @@ def _add_pseudotime_flags(add: Callable[..., Any]) -> None:
         help="cells that the neighbour graph does not connect with the root: an error, or left out of the trajectory "
         "(default: %(default)s)",
     )
+
+
+def root_flags_given(args: argparse.Namespace) -> list[str]:
+    """The flags that choose the root and say something else than their defaults."""
+    defaults = {"root_cell_type": ROOT_CELL_TYPE, "root_tissue": ROOT_TISSUE, "root_markers": ()}
+    return [f"--{name.replace('_', '-')}" for name, default in defaults.items() if getattr(args, name) != default]
 
 
 def trajectory_selection(args: argparse.Namespace) -> CellSelection:

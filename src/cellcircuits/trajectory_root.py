@@ -107,8 +107,11 @@ def disconnected_cells(infinite: NDArray[np.bool_], cell_types: Sequence[str]) -
 def root_candidates(
     cell_types: Sequence[str], tissues: Sequence[str], root_type: str, root_tissue: str
 ) -> NDArray[np.int64]:
-    """Cells of the root type in the root tissue, or, where there is none, in any tissue; ascending."""
-    of_type = np.array([name.lower() == root_type.lower() for name in cell_types], dtype=bool)
+    """Cells of the root type in the root tissue, or, where there is none, in any tissue; ascending.
+
+    A cell whose type is missing, the empty text, is of no type.
+    """
+    of_type = np.array([name != "" and name.lower() == root_type.lower() for name in cell_types], dtype=bool)
     in_tissue = of_type & np.array([name == root_tissue for name in tissues], dtype=bool)
     return np.flatnonzero(in_tissue if in_tissue.any() else of_type)
 
