@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from cellcircuits import cli
 from cellcircuits.catalog import display_name
+from cellcircuits.combination_results import norm_ratio
 from cellcircuits.errors import UserError
 from cellcircuits.graph_store import read_edges, read_features
 from cellcircuits.jsonio import read_json, write_atomically
@@ -160,7 +161,7 @@ def _columns(records: Sequence[Mapping[str, Any]], order: int) -> list[Column]:
     """Pairs by how they were chosen; for triplets the pairs inside them, then the triplets."""
 
     def norms(chosen: Sequence[Mapping[str, Any]], *conditions: str) -> list[float]:
-        found = [r["additivity_of_means"].get(name, {}).get("norm_ratio") for r in chosen for name in conditions]
+        found = [norm_ratio(record, condition) for record in chosen for condition in conditions]
         return [value for value in found if value is not None]
 
     def values(key: str, chosen: Sequence[Mapping[str, Any]] = records) -> list[float]:

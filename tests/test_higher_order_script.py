@@ -296,7 +296,8 @@ def test_triplets_need_a_source(study: Study, tmp_path: Path, capsys: pytest.Cap
 def test_triplets_are_chosen_from_pairs(study: Study, tmp_path: Path):
     """The pair run's own summary is what the triplet run reads."""
     entries = [
-        {"features": [{"layer": a[0], "idx": a[1], "n_edges": e}, {"layer": b[0], "idx": b[1], "n_edges": e}],
+        {"features": [{"layer": a[0], "idx": a[1], "n_edges": e, "best_term": pathway, "best_term_significant": False},
+                      {"layer": b[0], "idx": b[1], "n_edges": e}],
          "pathway": pathway, "type": "same_pathway"}
         for pathway, a, b, e in (
             ("vesicle", (1, 7), (2, 30), 5), ("vesicle", (1, 7), (4, 12), 5), ("rna", (1, 0), (2, 9), 9),

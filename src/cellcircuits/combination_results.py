@@ -35,7 +35,10 @@ def description(combination: Combination) -> dict[str, Any]:
 
 
 def _feature(feature: ComboFeature) -> dict[str, Any]:
-    return {"layer": feature.layer, "idx": feature.index, "label": feature.label, "n_edges": feature.n_edges}
+    known = {"layer": feature.layer, "idx": feature.index, "label": feature.label, "n_edges": feature.n_edges}
+    if feature.best_term is not None:  # what the pathway comes from
+        known |= {"best_term": feature.best_term, "best_term_significant": feature.best_term_significant}
+    return known
 
 
 def record(
@@ -113,11 +116,18 @@ def summarise(order: int, records: Sequence[Mapping[str, Any]], config: Mapping[
     for group in (SAME, CROSS, RANDOM) if order == 2 else (SAME, CROSS):
         summary[f"{group}_{name}"] = _median_of(groups[group], key)
         summary[f"{group}_{name}_if_additive"] = _median_of(groups[group], f"{key}_if_additive")
+        norms = [norm for r in groups[group] if (norm := norm_ratio(r, LETTERS[:order])) is not None]
+        summary[f"{group}_norm_ratio"] = float(statistics.median(norms)) if norms else None
     summary["total_elapsed_min"] = sum(r["elapsed_seconds"] for r in records) / 60
     summary[f"per_{kind}_results"] = listed
     if order == 2:
         summary["control_pair_results"] = groups[RANDOM]
     return {**summary, "config": dict(config), "schema_version": SCHEMA_VERSION}
+
+
+def norm_ratio(record: Mapping[str, Any], condition: str) -> float | None:
+    """Size of a joint mean effect over that of the sum of the single ones; None where there is no target."""
+    return record["additivity_of_means"].get(condition, {}).get("norm_ratio")
 
 
 def _median_of(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
@@ -131,7 +141,8 @@ def report_lines(order: int, summary: Mapping[str, Any]) -> Iterable[str]:
     yield f"{len(records)} {kind}s at layer {summary['config'].get('target_layer')}"
     yield "  ratio: size of the joint effect over the sum of the single ones (|Cohen's d|, median over the targets)"
     yield "  additive: the ratio that exactly additive effects of the same cells would give; compare with this, not 1"
-    yield f"  {'ratio':>7} {'additive':>9} {'targets':>8} {'cells':>6}  {kind}"
+    yield "  norm: size of the joint mean effect over that of the sum of the single ones; 1 is additive, less redundant"
+    yield f"  {'ratio':>7} {'additive':>9} {'norm':>7} {'targets':>8} {'cells':>6}  {kind}"
     for r in records:
         yield _row(order, r)
     for group in (SAME, CROSS, RANDOM):
@@ -139,7 +150,11 @@ def report_lines(order: int, summary: Mapping[str, Any]) -> Iterable[str]:
         ratio = summary.get(f"{group}_{name}")
         if ratio is not None:
             additive = summary[f"{group}_{name}_if_additive"]
-            yield f"  {group}: median ratio {ratio:.3f}; exactly additive effects would give {additive:.3f}"
+            norm = summary[f"{group}_norm_ratio"]
+            yield (
+                f"  {group}: median ratio {ratio:.3f}, exactly additive effects would give {additive:.3f}; median norm "
+                f"{'-' if norm is None else f'{norm:.3f}'}"
+            )
 
 
 def _row(order: int, record: Mapping[str, Any]) -> str:
@@ -147,7 +162,9 @@ def _row(order: int, record: Mapping[str, Any]) -> str:
     kind, ratio, additive = KINDS[order], record[RATIO[order]], record[f"{RATIO[order]}_if_additive"]
     n_targets, n_cells = record["n_significant"]["any"], record["n_active"][LETTERS[:order]]
     what = record[f"{kind}_id"].replace("_x_", " x ").replace("_F", "/F")
+    norm = norm_ratio(record, LETTERS[:order])
+    shown = "-" if norm is None else f"{norm:.3f}"
     return (
-        f"  {ratio:>7.3f} {additive:>9.3f} {n_targets:>8} {n_cells:>6}  {what}  "
+        f"  {ratio:>7.3f} {additive:>9.3f} {shown:>7} {n_targets:>8} {n_cells:>6}  {what}  "
         f"({record['pathway']}, {record[f'{kind}_type']})"
     )

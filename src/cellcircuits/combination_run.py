@@ -19,13 +19,12 @@ from cellcircuits.combination_stats import CombinationEffects, combination_stati
 from cellcircuits.combinations import LISTED, Combination
 from cellcircuits.device import host_memory
 from cellcircuits.errors import UserError
-from cellcircuits.joint import CleanPath, JointBench, LayerFeature, joint_ablation_effect
+from cellcircuits.joint import CellEffects, CleanPath, JointBench, LayerFeature, joint_ablation_effect
 from cellcircuits.jsonio import write_atomically, write_json
 from cellcircuits.stats import EdgeRule
 from cellcircuits.tracing import SAVE_EVERY_SECONDS, require_finite
 
 log = logging.getLogger(__name__)
-LINE_EVERY_SECONDS = 300.0  # in a log file, where no bar is drawn
 CLEAN_SHARE_OF_MEMORY = 0.25
 SELF_CHECK_TOLERANCE = 1e-3
 # In float32 a near tie for the last place among the k may fall either way, which moves a latent or two.
@@ -133,21 +132,22 @@ class CombinationRun:
             return
         clean = CleanPaths(self.bench, self.cells, CLEAN_SHARE_OF_MEMORY * host_memory())
         self.check_engine(clean, left)
-        started = last_line = time.monotonic()
         with tqdm(total=len(left) * len(clean), desc="ablating", unit="cell", disable=None) as bar:
-            for i, combination in enumerate(left):
-                self.measure_one(combination, clean, bar)
-                self.write_progress(len(chosen), len(left) - i - 1)
-                if bar.disable and time.monotonic() - last_line > LINE_EVERY_SECONDS:
-                    log.info("%d of %d combinations done", len(chosen) - len(left) + i + 1, len(chosen))
-                    last_line = time.monotonic()
-        seconds = time.monotonic() - started
-        log.info("%d clean runs; %.2f s per combination and cell", clean.n_runs, seconds / len(left) / len(clean))
+            for n_left, combination in zip(range(len(left), 0, -1), left, strict=True):
 
-    def write_progress(self, n_combinations: int, n_left: int) -> None:
-        """Say in `progress.json` how far the run is."""
-        progress = {"n_combinations": n_combinations, "n_combinations_done": n_combinations - n_left}
-        write_json(self.out_dir / "progress.json", progress)
+                def say(n_cells: int, n_left: int = n_left) -> None:
+                    self.write_progress(len(chosen), n_left, n_cells)
+                    if bar.disable:
+                        log.info("%d of %d combinations and %d cells done", len(chosen) - n_left, len(chosen), n_cells)
+
+                self.measure_one(combination, clean, bar, say)
+                self.write_progress(len(chosen), n_left - 1)
+        log.info("%d clean runs", clean.n_runs)
+
+    def write_progress(self, n_combinations: int, n_left: int, n_cells_done: int = 0) -> None:
+        """Say in `progress.json` how far the run is; `n_cells_done` of the combination at work."""
+        done = {"n_combinations": n_combinations, "n_combinations_done": n_combinations - n_left}
+        write_json(self.out_dir / "progress.json", done | {"n_cells": len(self.cells), "n_cells_done": n_cells_done})
 
     def is_finished(self, combination: Combination) -> bool:
         """Whether the record, and the effects where they are asked for, are there; mends names and labels."""
@@ -164,8 +164,8 @@ class CombinationRun:
         self.partial_path(combination).unlink(missing_ok=True)
         return True
 
-    def measure_one(self, combination: Combination, clean: CleanPaths, bar: tqdm) -> None:
-        """Measure one combination on all cells and write its files."""
+    def measure_one(self, combination: Combination, clean: CleanPaths, bar: tqdm, say: Callable[[int], None]) -> None:
+        """Measure one combination on all cells and write its files; `say` now and then how many cells are done."""
         features = [(feature.layer, feature.index) for feature in combination.features]
         partial = self.partial_path(combination)
         so_far = Unfinished.empty(len(clean), len(features), self.bench.n_targets)
@@ -178,6 +178,7 @@ class CombinationRun:
             bar.update()
             if time.monotonic() - last_save > SAVE_EVERY_SECONDS:
                 so_far.save(partial, self.fingerprint)
+                say(so_far.n_cells_done)
                 last_save = time.monotonic()
 
         measure_cells(self.bench, clean, features, so_far, batch_size=self.batch_size, on_cell=on_cell)
@@ -228,7 +229,7 @@ class CombinationRun:
         if found is None:
             return
         path, features = found
-        fast = self.bench.effects(path, features, self.batch_size).published[-1]
+        fast = effects_that_fit(self.bench, path, features, self.batch_size)[0].published[-1]
         slow = joint_ablation_effect(self.bench, path.cell, features)
         if slow is None:  # a near tie at its only position fell the other way
             return
@@ -255,6 +256,28 @@ class CombinationRun:
         return None
 
 
+def effects_that_fit(
+    bench: JointBench, path: CleanPath, features: Sequence[LayerFeature], batch_size: int | None
+) -> tuple[CellEffects, int | None]:
+    """One cell's effects, in smaller batches where memory runs out; and the batch size to go on with.
+
+    Raises:
+        UserError: one stream alone does not fit.
+    """
+    while True:
+        try:
+            return bench.effects(path, features, batch_size), batch_size
+        except torch.OutOfMemoryError:
+            n_streams = batch_size or min(bench.batch_size(len(path.cell.tokens)), len(conditions(len(features))))
+            if n_streams == 1:
+                raise UserError(
+                    f"cell {path.cell.name}: not even one stream fits in the device's memory; free some of it, "
+                    "lower --max-tokens or take --device cpu."
+                ) from None
+            batch_size = n_streams // 2
+            log.warning("Out of memory: going on with batches of %d streams.", batch_size)
+
+
 def measure_cells(
     bench: JointBench,
     clean: CleanPaths,
@@ -267,24 +290,12 @@ def measure_cells(
     """Measure one combination on the cells that are not done yet, filling `so_far`.
 
     Raises:
-        UserError: an effect is NaN or infinite, or one stream alone does not fit in memory.
+        UserError: an effect is NaN or infinite, or one stream alone does not fit.
     """
     for i in range(so_far.n_cells_done, len(clean)):
-        path = clean[i]
         started = time.perf_counter()
-        while True:
-            try:
-                effects = bench.effects(path, features, batch_size)
-                break
-            except torch.OutOfMemoryError:
-                n_streams = batch_size or min(bench.batch_size(len(path.cell.tokens)), len(conditions(len(features))))
-                if n_streams == 1:
-                    raise UserError(
-                        f"cell {path.cell.name}: not even one stream fits in the device's memory; free some of it, "
-                        "lower --max-tokens or take --device cpu."
-                    ) from None
-                batch_size = n_streams // 2
-                log.warning("Out of memory: going on with batches of %d streams.", batch_size)
+        path = clean[i]
+        effects, batch_size = effects_that_fit(bench, path, features, batch_size)
         require_finite(effects.union, path.cell)
         require_finite(effects.published, path.cell)
         for name in ARRAYS:

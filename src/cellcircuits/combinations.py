@@ -31,12 +31,23 @@ Pools = dict[str, dict[int, list["ComboFeature"]]]  # pathway -> layer -> featur
 
 @dataclass(frozen=True)
 class ComboFeature:
-    """One ablated feature; `n_edges` is its out-degree in a trace, 0 where unknown."""
+    """One ablated feature.
+
+    Attributes:
+        layer: where it is removed.
+        index: its number in that layer's SAE.
+        label: its significant label.
+        n_edges: out-degree in a trace, 0 where unknown.
+        best_term: the term that its pathway comes from, None where unknown.
+        best_term_significant: whether that term is significant, None where unknown.
+    """
 
     layer: int
     index: int
     label: str = UNANNOTATED
     n_edges: int = 0
+    best_term: str | None = None
+    best_term_significant: bool | None = None
 
     @property
     def name(self) -> str:
@@ -283,7 +294,15 @@ def _feature(entry: Any, where: str) -> ComboFeature:
         _count_of(entry.get("idx"), f"{where}: `idx` of a feature"),
         _text(entry.get("label") or UNANNOTATED, f"{where}: `label` of a feature"),
         _count_of(entry.get("n_edges", 0), f"{where}: `n_edges` of a feature"),
+        *best_term_of(entry),
     )
+
+
+def best_term_of(entry: Mapping[str, Any]) -> tuple[str | None, bool | None]:
+    """The best term of a feature's entry and whether it is significant; None for what it does not say."""
+    term, significant = entry.get("best_term"), entry.get("best_term_significant")
+    term = " ".join(term.split()) if isinstance(term, str) else None
+    return term, significant if term and isinstance(significant, bool) else None
 
 
 def _pair_feature(entry: Mapping[str, Any], key: str, where: str) -> ComboFeature:

@@ -71,7 +71,7 @@ def claim_folder(out_dir: Path, settings: Mapping[str, Any], provenance: Mapping
                 f"{out_dir}: holds a run with other settings ({'; '.join(differences)}); choose another --out-dir, or "
                 "run with those settings to go on there."
             )
-        origins = [*(kept.get("provenance") or [])]
+        origins = kept["provenance"] if isinstance(kept.get("provenance"), list) else []
     else:
         _require_no_results(out_dir)
     if origin not in origins:
@@ -136,7 +136,7 @@ def open_folder(out_dir: Path) -> dict[str, Any]:
     manifest = read_json(path)
     settings = manifest.get("settings") if isinstance(manifest, dict) else None
     experiment = settings.get("experiment") if isinstance(settings, dict) else None
-    key, kind = NEEDED_SETTING.get(experiment, NEEDED_SETTING["exhaustive_feature_tracing"])
+    key, kind = NEEDED_SETTING.get(str(experiment), NEEDED_SETTING["exhaustive_feature_tracing"])
     if not isinstance(settings, dict) or type(settings.get(key)) is not kind:
         raise UserError(f"{path}: is not the manifest of an experiment; fix --out-dir.")
     return manifest
@@ -274,10 +274,9 @@ def require_same_origin(flag: str, folders: Iterable[Path], settings: Mapping[st
     """
     for folder in (folder for folder in folders if (folder / MANIFEST).is_file()):
         kept = open_folder(folder)["settings"]
-        layers = settings["saes"].keys() & kept.get("saes", {}).keys()
-        there, here = (
-            {"model": s["model"], "saes": {layer: s["saes"][layer] for layer in layers}} for s in (kept, settings)
-        )
+        saes = kept["saes"] if isinstance(kept.get("saes"), dict) else {}
+        there = {"model": kept.get("model"), "saes": {n: sae for n, sae in saes.items() if n in settings["saes"]}}
+        here = {"model": settings["model"], "saes": {layer: settings["saes"][layer] for layer in there["saes"]}}
         differences = list(setting_differences(there, here))
         if differences:
             raise UserError(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cellcircuits.combinations import CROSS, RANDOM, SAME, Combination, ComboFeature
+from cellcircuits.combinations import CROSS, RANDOM, SAME, Combination, ComboFeature, best_term_of
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import read_json
 
@@ -203,5 +203,5 @@ def _traced_feature(entry: Any, where: str) -> TracedFeature:
     checked("pathway", pathway is None or isinstance(pathway, str), "a text or null")
     is_share = isinstance(frequency, int | float) and 0 < frequency <= 1
     checked("activation_freq", is_share, "a number above 0 and at most 1")
-    feature = ComboFeature(count("layer"), count("idx"), label, count("n_edges"))
+    feature = ComboFeature(count("layer"), count("idx"), label, count("n_edges"), *best_term_of(entry))
     return TracedFeature(feature, pathway, float(frequency))
