@@ -11,8 +11,8 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 DEMO_INPUTS = --model demo/model --data-root demo --data-path demo/cells.h5ad
 DEMO_CELLS = --cells all --obs-filter split=held_out --n-cells 20
 # monocytes to macrophages; cells that the neighbour graph does not reach from the root are left out
-DEMO_TRAJECTORY = --cell-type-column marker_group --cell-types "monocyte;macrophage_like" --tissues all \
-	--root-cell-type monocyte --root-markers S100A8,VCAN --disconnected drop
+DEMO_TRAJECTORY = --cell-type-column marker_group --cell-types "monocyte;macrophage_like" --tissues all --disconnected drop
+DEMO_ANALYSIS = $(DEMO_TRAJECTORY) --root-cell-type monocyte --root-markers S100A8,VCAN --follow-genes APOE --n-on 4 --n-off 3
 RUN = $(VENV)/bin/python src
 
 .PHONY: help demo test test-lowest lint demo-inputs clean
@@ -48,10 +48,9 @@ demo: $(VENV)/ready
 		$(DEMO_INPUTS) $(DEMO_CELLS) --out-dir $(OUT)/higher_order_ablation
 	$(RUN)/make_figures.py --out-dir $(OUT)/higher_order_ablation
 	@echo "3. A trajectory, once more at equal depth, and steering along it"
-	$(RUN)/trajectory_analysis.py $(DEMO_INPUTS) $(DEMO_TRAJECTORY) --follow-genes APOE --n-on 4 --n-off 3 \
-		--out-dir $(OUT)/trajectory
-	$(RUN)/trajectory_analysis.py $(DEMO_INPUTS) $(DEMO_TRAJECTORY) --follow-genes APOE --n-on 4 --n-off 3 \
-		--downsample-to 2000 --out-dir $(OUT)/trajectory_equal_depth
+	$(RUN)/trajectory_analysis.py $(DEMO_INPUTS) $(DEMO_ANALYSIS) --out-dir $(OUT)/trajectory
+	$(RUN)/trajectory_analysis.py $(DEMO_INPUTS) $(DEMO_ANALYSIS) --downsample-to 2000 \
+		--out-dir $(OUT)/trajectory_equal_depth
 	$(RUN)/trajectory_steering.py $(DEMO_INPUTS) $(DEMO_TRAJECTORY) --traj-dir $(OUT)/trajectory \
 		--panel $(OUT)/trajectory/switch_features.json --out-dir $(OUT)/trajectory_steering
 	$(RUN)/make_figures.py --out-dir $(OUT)/trajectory_steering

@@ -196,7 +196,7 @@ def ratios_by_order(axes: Axes, columns: Sequence[Column]) -> None:
         _dots(
             axes, x + 0.12, column.if_additive, ADDITIVE_COLOUR, None if x else "exactly additive effects, same cells"
         )
-    _finish(axes, columns, "joint |d| over the sum of single |d|", "The study's ratio: cannot tell the two apart")
+    _finish(axes, columns, "joint |d| over the sum of single |d|", "The study's ratio, and if effects added exactly")
     axes.legend(frameon=False, loc="lower left")
 
 

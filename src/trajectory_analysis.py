@@ -21,6 +21,7 @@ from cellcircuits import cli, results, trajectory_flags
 from cellcircuits.catalog import UNANNOTATED
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import write_atomically, write_json
+from cellcircuits.trace_flags import add_sae_run_flag
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,12 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     cli.add_model_flags(parser)
-    parser.add_argument(
-        "--sae-run",
-        default=None,
-        metavar="NAME",
-        help="which SAE of a layer to take when there are several, e.g. x4_k32",
-    )
+    add_sae_run_flag(parser)
     trajectory_flags.add_trajectory_flags(parser)
     group = parser.add_argument_group("what to find")
     group.add_argument(

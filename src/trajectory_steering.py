@@ -23,6 +23,7 @@ from cellcircuits.catalog import UNANNOTATED
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import write_json
 from cellcircuits.panel import PUBLISHED_PANEL, PanelFeature, check_indices, check_layers, read_panel
+from cellcircuits.trace_flags import add_sae_run_flag
 from cellcircuits.trajectory_flags import add_trajectory_flags, trajectory_selection
 
 if TYPE_CHECKING:
@@ -60,12 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     cli.add_model_flags(parser)
-    parser.add_argument(
-        "--sae-run",
-        default=None,
-        metavar="NAME",
-        help="which SAE of a layer to take when there are several, e.g. x4_k32",
-    )
+    add_sae_run_flag(parser)
     add_trajectory_flags(parser)
     group = parser.add_argument_group("what to steer")
     group.add_argument(
@@ -119,8 +115,12 @@ def run(args: argparse.Namespace) -> int:
     panel = with_labels(panel, layers)
     opened = open_cells(args, loaded, trajectory_selection(args))
     trajectory = open_trajectory(args, opened)
+    settings = run_settings(args, opened, trajectory)
+    saes = {layer: sae_store.fingerprint(opened_sae.files) for layer, opened_sae in layers.items()}
+    if args.panel is not None:
+        of_run = {"model": settings["model"], "saes": {str(layer): sae for layer, sae in saes.items()}}
+        results.require_same_origin("--panel", [args.panel.parent], of_run)
     with results.exclusive(args.out_dir):
-        settings = run_settings(args, opened, trajectory)
         fingerprint = results.claim_folder(args.out_dir, settings, provenance(opened, trajectory, layers))
         steerer = Steerer(
             out_dir=args.out_dir,
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
             late=trajectory.late,
             alphas=args.alphas,
             gene_of=symbol_of_token(opened.vocabulary),
-            saes={layer: sae_store.fingerprint(opened_sae.files) for layer, opened_sae in layers.items()},
+            saes=saes,
             fingerprint=fingerprint,
             batch_size=args.batch_size,
         )
