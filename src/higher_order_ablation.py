@@ -17,8 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cellcircuits import cli, combination_results, results
+from cellcircuits.catalog import UNANNOTATED
 from cellcircuits.cells import CellSelection
-from cellcircuits.combinations import Combination, choose_triplets, read_combinations, read_pair_summary
+from cellcircuits.combinations import (
+    TRIPLET_LAYERS,
+    Combination,
+    choose_triplets,
+    read_combinations,
+    read_pair_summary,
+)
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import write_json
 from cellcircuits.selection import FEATURES_PER_LAYER, choose_pairs, read_selective_summary
@@ -86,12 +93,15 @@ def _add_choice_flags(group: argparse._ArgumentGroup) -> None:
         "(environment: SAE_PAIR_DIR)",
     )
     group.add_argument(
-        "--n-triplets", type=cli.natural, default=10, help="triplets to choose there (default: %(default)s)"
+        "--n-triplets",
+        type=cli.natural,
+        default=10,
+        help="triplets to choose there, two of them kept for cross-pathway ones (default: %(default)s)",
     )
     group.add_argument(
         "--triplet-layers",
         type=cli.layer_list,
-        default=(0, 5, 11),
+        default=TRIPLET_LAYERS,
         metavar="A,B,C",
         help="one feature of each of these layers makes a triplet (default: 0,5,11)",
     )
@@ -111,7 +121,11 @@ def _add_choice_flags(group: argparse._ArgumentGroup) -> None:
         "(environment: SAE_SELECTIVE_DIR)",
     )
     group.add_argument(
-        "--pairs", type=Path, default=None, metavar="FILE", help="with --order 2: your own pairs instead"
+        "--pairs",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="with --order 2: your own pairs instead, as in --triplets",
     )
     group.add_argument(
         "--features-per-layer",
@@ -239,7 +253,7 @@ def with_labels(combination: Combination, layers: Mapping[int, "LayerSAE"]) -> C
                 "made with these SAEs."
             )
         known = (layer_sae.catalog or {}).get(feature.index)
-        has_label = feature.label != "unannotated" or known is None
+        has_label = feature.label != UNANNOTATED or known is None
         features.append(feature if has_label else replace(feature, label=known.label))
     return replace(combination, features=tuple(features))
 
@@ -275,9 +289,7 @@ def report(out_dir: Path, first: Sequence[str] = ()) -> int:
     Raises:
         UserError: the folder holds no run of this experiment.
     """
-    settings = results.open_folder(out_dir)["settings"]
-    if settings.get("experiment") != EXPERIMENT:
-        raise UserError(f"{out_dir}: holds another experiment ({settings.get('experiment')}); fix --out-dir.")
+    settings = results.open_folder(out_dir, EXPERIMENT)["settings"]
     order, named = settings["order"], ("order", "target_layer", "n_cells", "min_abs_d", "min_consistency")
     if order not in DEFAULT_OUT_DIRS or any(key not in settings for key in named):
         raise UserError(f"{out_dir / results.MANIFEST}: damaged; restore it or choose another --out-dir.")

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from cellcircuits import cli, results, steering_results
 from cellcircuits.catalog import UNANNOTATED
-from cellcircuits.errors import UserError
 from cellcircuits.jsonio import write_json
 from cellcircuits.panel import PUBLISHED_PANEL, PanelFeature, check_indices, check_layers, read_panel
 from cellcircuits.trace_flags import add_sae_run_flag
@@ -58,6 +57,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Steer SAE features of a Geneformer in the early cells of a trajectory, and measure how far the "
         "model's mean logits move towards those of the late cells.",
+        epilog="""example, on the demo's trajectory:
+  python src/trajectory_steering.py --model demo/model --data-root demo --data-path demo/cells.h5ad \\
+      --cell-type-column marker_group --cell-types 'monocyte;macrophage_like' --tissues all \\
+      --traj-dir results/demo/trajectory --panel results/demo/trajectory/switch_features.json --out-dir results/try""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     cli.add_model_flags(parser)
@@ -206,9 +209,7 @@ def report(out_dir: Path, first: Sequence[str] = ()) -> int:
     Raises:
         UserError: the folder holds no run of this experiment.
     """
-    settings = results.open_folder(out_dir)["settings"]
-    if settings.get("experiment") != EXPERIMENT:
-        raise UserError(f"{out_dir}: holds another experiment ({settings.get('experiment')}); fix --out-dir.")
+    settings = results.open_folder(out_dir, EXPERIMENT)["settings"]
     order = dict.fromkeys([*first, *steering_results.names_in_summary(out_dir)])
     records = steering_results.read_records(out_dir, results.settings_fingerprint(settings), list(order))
     summary = steering_results.summarise(records)

@@ -17,11 +17,33 @@ HEAVY = ("torch", "transformers", "numpy", "scipy", "pandas", "anndata", "scanpy
 # modules imported one after the other in one fresh interpreter, with what must still be absent at the end
 GROUPS = {
     "standard library only": (
-        ("errors", "jsonio", "results", "catalog", "combinations", "pathways", "best_annotated", "combination_results"),
+        (
+            "errors",
+            "jsonio",
+            "results",
+            "catalog",
+            "combinations",
+            "pathways",
+            "best_annotated",
+            "combination_results",
+            "panel",
+            "steering_results",
+        ),
         HEAVY,
     ),
     "numpy only": (
-        ("errors", "jsonio", "results", "catalog", "stats", "tokenizer", "vocabulary", "cells"),
+        (
+            "errors",
+            "jsonio",
+            "results",
+            "catalog",
+            "stats",
+            "tokenizer",
+            "vocabulary",
+            "cells",
+            "combination_stats",
+            "state_shift",
+        ),
         ("torch", "transformers", "anndata", "scanpy", "h5py", "pyarrow", "matplotlib"),
     ),
     "reading cells without torch": (

@@ -279,6 +279,17 @@ def test_another_sae_is_refused_by_name(own: Study, tmp_path: Path, capsys: pyte
     assert "_L4" in sentence and "saes.4.checkpoint" in sentence
 
 
+def test_a_panel_made_with_other_saes_is_refused(own: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A feature's number means another feature there; a panel without a manifest beside it is taken as it is."""
+    assert steer(own, tmp_path / "out") == 0
+    saes = {"1": {"checkpoint": "another", "mean": "another"}, "9": {"checkpoint": "not used here"}}
+    model = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]["model"]
+    settings = {"experiment": "trajectory_analysis", "layers": [1], "model": model, "saes": saes}
+    (own.root / "manifest.json").write_text(json.dumps({"settings": settings}))
+    sentence = refusal(capsys, steer(own, tmp_path / "out"))
+    assert "--panel" in sentence and "saes.1.checkpoint" in sentence and "saes.9" not in sentence
+
+
 def test_analysis_only_summarises_what_is_there(
     template: Study, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -234,6 +234,7 @@ class CombinationRun:
         if slow is None:  # a near tie at its only position fell the other way
             return
         require_finite(fast, path.cell)
+        require_finite(slow, path.cell)
         n_moved = np.count_nonzero((fast != 0) | (slow != 0))
         n_differ = np.count_nonzero(np.abs(fast - slow) > SELF_CHECK_TOLERANCE * (1 + np.abs(slow).max()))
         if n_differ > max(SELF_CHECK_TIES, SELF_CHECK_TIED_SHARE * n_moved):

@@ -122,11 +122,15 @@ def settings_fingerprint(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def open_folder(out_dir: Path) -> dict[str, Any]:
+def open_folder(out_dir: Path, wanted: str | None = None) -> dict[str, Any]:
     """The manifest of a folder that already holds a run.
 
+    Args:
+        out_dir: the folder.
+        wanted: the experiment that it must hold; None takes any.
+
     Raises:
-        UserError: there is none.
+        UserError: there is none, it is damaged, or of another experiment.
     """
     path = out_dir / MANIFEST
     if not path.is_file():
@@ -139,6 +143,8 @@ def open_folder(out_dir: Path) -> dict[str, Any]:
     key, kind = NEEDED_SETTING.get(str(experiment), NEEDED_SETTING["exhaustive_feature_tracing"])
     if not isinstance(settings, dict) or type(settings.get(key)) is not kind:
         raise UserError(f"{path}: is not the manifest of an experiment; fix --out-dir.")
+    if wanted not in (None, experiment):
+        raise UserError(f"{out_dir}: holds another experiment ({experiment}); fix --out-dir.")
     return manifest
 
 

@@ -39,7 +39,8 @@ class SwitchRule:
         n_on: most ON features per layer.
         n_off: most OFF features per layer.
 
-    Source: the study's revision; the published list was made by a rule that does not reproduce it.
+    Source: the study's revision, but for its variances with ddof 0; the list of the first release was made by a
+    rule that does not reproduce it.
     """
 
     min_freq: float = 0.05

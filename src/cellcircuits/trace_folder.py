@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cellcircuits import graph_store, results
-from cellcircuits.errors import UserError
 from cellcircuits.jsonio import write_json
 from cellcircuits.stats import EdgeRule
 
@@ -96,9 +95,7 @@ def make_tables(out_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]], di
     Raises:
         UserError: the folder holds no trace.
     """
-    settings = results.open_folder(out_dir)["settings"]
-    if settings.get("experiment") != EXPERIMENT:
-        raise UserError(f"{out_dir}: holds another experiment ({settings.get('experiment')}); fix --out-dir.")
+    settings = results.open_folder(out_dir, EXPERIMENT)["settings"]
     unnamed, per_layer = graph_store.write_edges(out_dir, results.settings_fingerprint(settings))
     features = graph_store.fill_degrees(out_dir, settings["source_layer"], unnamed)
     summary = results.summarise(settings["source_layer"], features)

@@ -115,7 +115,7 @@ def _add_choice_flags(add: Callable[..., Any], defaults: CellSelection) -> None:
         type=name_list,
         default=TISSUES,
         metavar="'A;B'",
-        help=f"tissues to keep, given like --cell-types, or all (default: {';'.join(TISSUES)})",
+        help=f"tissues to keep, spelled as in the file, given like --cell-types, or all (default: {';'.join(TISSUES)})",
     )
     add(
         "--tissue-column",
