@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cellcircuits.geneformer import BlockParts, block_parts
+from cellcircuits.linear import joined_linear
 
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM
@@ -99,23 +100,24 @@ class _Block:
 
     def __init__(self, parts: BlockParts) -> None:
         self.parts = parts
-        projections = (parts.query, parts.key, parts.value)
-        self.weight = torch.cat([projection.weight for projection in projections])  # (3 d_model, d_model)
-        self.bias = torch.cat([projection.bias for projection in projections])
+        self.query_key_value = joined_linear(parts.query, parts.key, parts.value)
+        self.key_value, self.query = joined_linear(parts.key, parts.value), joined_linear(parts.query)
+        self.attention_output = joined_linear(parts.attention_output)
+        self.intermediate, self.output = joined_linear(parts.intermediate), joined_linear(parts.output)
 
     def __call__(self, streams: Tensor, rows: Tensor | None = None) -> Tensor:
         """(batch, n_pos, d_model) -> the same, or (batch, n_max, d_model) at `rows` (batch, n_max) only."""
         parts, d_model = self.parts, streams.shape[-1]
         if rows is None:
-            query, key, value = F.linear(streams, self.weight, self.bias).chunk(3, dim=-1)
+            query, key, value = self.query_key_value(streams).chunk(3, dim=-1)
         else:
-            key, value = F.linear(streams, self.weight[d_model:], self.bias[d_model:]).chunk(2, dim=-1)
+            key, value = self.key_value(streams).chunk(2, dim=-1)
             streams = streams.gather(1, rows[..., None].expand(-1, -1, d_model))  # (batch, n_max, d_model)
-            query = parts.query(streams)
+            query = self.query(streams)
         attended = F.scaled_dot_product_attention(self._heads(query), self._heads(key), self._heads(value))
         attended = attended.transpose(1, 2).flatten(2)  # (batch, n_rows, d_model)
-        streams = parts.attention_norm(streams + parts.attention_output(attended))
-        return parts.output_norm(streams + parts.output(parts.activation(parts.intermediate(streams))))
+        streams = parts.attention_norm(streams + self.attention_output(attended))
+        return parts.output_norm(streams + self.output(parts.activation(self.intermediate(streams))))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.parts.n_heads, -1)).transpose(1, 2)  # (batch, n_heads, n_rows, d_head)
