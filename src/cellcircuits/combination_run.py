@@ -181,7 +181,11 @@ class CombinationRun:
                 say(so_far.n_cells_done)
                 last_save = time.monotonic()
 
-        measure_cells(self.bench, clean, features, so_far, batch_size=self.batch_size, on_cell=on_cell)
+        try:
+            measure_cells(self.bench, clean, features, so_far, batch_size=self.batch_size, on_cell=on_cell)
+        except KeyboardInterrupt:
+            so_far.save(partial, self.fingerprint)
+            raise
         if self.save_effects:
             self.write_effects(combination, so_far)
         spent = {"n_block_runs": so_far.n_block_runs, "elapsed_seconds": so_far.seconds}

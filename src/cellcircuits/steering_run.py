@@ -147,9 +147,13 @@ class Steerer:
 
         with tqdm(total=int(needed.sum()), desc="steering", unit="cell", disable=None) as bar:
             bar.update(int((needed & so_far.cell_done).sum()))
-            for end in np.flatnonzero(needed & ~so_far.cell_done):
-                self.run_cell(so_far, end, save)
-                bar.update()
+            try:
+                for end in np.flatnonzero(needed & ~so_far.cell_done):
+                    self.run_cell(so_far, end, save)
+                    bar.update()
+            except KeyboardInterrupt:
+                save(at_once=self.engine_checked)
+                raise
         save(at_once=True)
         return so_far
 

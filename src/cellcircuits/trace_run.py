@@ -98,7 +98,11 @@ class Tracer:
                 effects.save(partial, self.fingerprint)
                 last_save = time.monotonic()
 
-        trace_block(self.bench, clean, effects, batch_size=self.batch_size, on_cell=on_cell)
+        try:
+            trace_block(self.bench, clean, effects, batch_size=self.batch_size, on_cell=on_cell)
+        except KeyboardInterrupt:
+            effects.save(partial, self.fingerprint)
+            raise
         shard = block_shard(self.bench, effects, self.rule, self.fingerprint)
         kept = graph_store.read_shard(path, self.fingerprint)
         graph_store.write_shard(path, kept.merged(shard) if kept else shard)
