@@ -348,8 +348,8 @@ class TestWhereTheSourceIsActive:
         saes[1].W_enc.bias[7] = 5.0
         plain = Tail.run
 
-        def rounded(tail: Tail, streams: torch.Tensor, measured: MeasuredPositions) -> Iterator[tuple]:
-            for layer, stream in plain(tail, streams, measured):
+        def rounded(tail: Tail, streams: torch.Tensor, measured: MeasuredPositions, **start: int) -> Iterator[tuple]:
+            for layer, stream in plain(tail, streams, measured, **start):
                 yield layer, stream + 1e-6 * (len(streams) - 1)
 
         monkeypatch.setattr(Tail, "run", rounded)

@@ -4,14 +4,17 @@ Apple's MPS has no float64: tensors on the accelerator stay in the model's own p
 arithmetic happens in NumPy on the host.
 """
 
+import mmap
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cellcircuits.errors import UserError
 
-CPU_BATCH_BYTES = 1 << 30
+# a larger batch is slower: memory beyond the allocator's reach is mapped and zeroed anew for every tensor
+CPU_BATCH_BYTES = 1 << 28
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -46,6 +49,24 @@ def host_memory() -> int:
     except (OSError, ValueError):  # no container, or one without a limit
         return physical
     return min(physical, limit)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a computation needed more memory than the device has; MPS and CPU have no type of their own for it."""
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "can't allocate memory" in said
+
+
+def kept_on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor to the host for a long stay, into pages of its own.
+
+    Long-lived tensors between the engine's short-lived ones would leave holes in the heap, several times their size.
+    """
+    on_host = tensor.cpu().contiguous().numpy()
+    pages = mmap.mmap(-1, max(1, on_host.nbytes))
+    copy = np.frombuffer(pages, on_host.dtype, on_host.size).reshape(on_host.shape)
+    copy[...] = on_host
+    return torch.from_numpy(copy)
 
 
 def describe_device(device: torch.device) -> str:

@@ -6,7 +6,7 @@ averaged in float64 over the gene positions where the source is active in the cl
 computes the same for many features at once and is what the experiments run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cellcircuits.cells import Cell
-from cellcircuits.device import batch_memory
+from cellcircuits.device import batch_memory, kept_on_host
 from cellcircuits.errors import UserError
 from cellcircuits.geneformer import edited, residuals
 from cellcircuits.interventions import remove_features
+from cellcircuits.precision import FP32
 from cellcircuits.tail import MeasuredPositions, Tail
 from sae_model import TopKSAE
 
@@ -37,15 +38,25 @@ class TopKLatents:
     @classmethod
     def of(cls, sae: TopKSAE, residual: Tensor) -> "TopKLatents":
         """Encode (n_rows, d_model) raw stream and bring the result to the host."""
-        values, features = sae.top_k(residual)
+        return cls.on_host(*sae.top_k(residual))
+
+    @classmethod
+    def on_host(cls, values: Tensor, features: Tensor) -> "TopKLatents":
+        """Bring what `TopKSAE.top_k` gave to the host."""
         return cls(values.cpu().numpy(), features.to(torch.int32).cpu().numpy())
 
     def at(self, rows: NDArray[np.int64] | slice) -> "TopKLatents":
         """The same latents at some of the rows."""
         return TopKLatents(self.values[rows], self.features[rows])
 
+    def totals(self, group: NDArray[np.int64], n_features: int) -> NDArray[np.float64]:
+        """Sum over the rows of each group: `group` (n_rows,) from 0 up, ascending -> (n_groups, n_features) float64."""
+        n_groups = int(group[-1]) + 1
+        bins = (group[:, None] * n_features + self.features).ravel()
+        return np.bincount(bins, self.values.ravel(), n_groups * n_features).reshape(n_groups, n_features)
+
     def total(self, n_features: int) -> NDArray[np.float64]:
-        """Sum over the rows, (n_features,) float64."""
+        """Sum over all rows, (n_features,) float64."""
         return np.bincount(self.features.ravel(), weights=self.values.ravel(), minlength=n_features)
 
 
@@ -94,7 +105,7 @@ def ablation_effect(bench: "Bench", cell: Cell, feature: int) -> dict[int, NDArr
     with edited(bench.model, {bench.source_layer: remove_features(source, positions, [feature])}):
         ablated = residuals(bench.model, tokens, bench.targets)
     return {
-        layer: _mean_change(
+        layer: mean_change(
             TopKLatents.of(bench.saes[layer], clean[layer][0, positions[active]]),
             TopKLatents.of(bench.saes[layer], ablated[layer][0, positions[active]]),
             bench.saes[layer],
@@ -103,22 +114,51 @@ def ablation_effect(bench: "Bench", cell: Cell, feature: int) -> dict[int, NDArr
     }
 
 
-def _mean_change(clean: TopKLatents, ablated: TopKLatents, sae: TopKSAE) -> NDArray[np.float64]:
+def mean_change(clean: TopKLatents, ablated: TopKLatents, sae: TopKSAE) -> NDArray[np.float64]:
+    """Change of every latent of a target layer, averaged over the rows: (n_features,) float64."""
     return (ablated.total(sae.n_features) - clean.total(sae.n_features)) / len(clean.values)
+
+
+def require_finite_stream(residual: Tensor, cell: Cell, layer: int) -> None:
+    """Stop at a clean run whose stream at `layer` is no numbers.
+
+    Raises:
+        UserError: it holds NaN or infinite values.
+    """
+    if not torch.isfinite(residual).all():
+        raise UserError(
+            f"cell {cell.name}: the model's layer {layer} holds NaN or infinite values; check the model's weights, or "
+            "compute on another --device."
+        )
 
 
 class Bench:
     """A model with its SAEs, set up to measure the features of one source layer."""
 
-    def __init__(self, model: "BertForMaskedLM", saes: Mapping[int, TopKSAE], source_layer: int) -> None:
-        """Bind the model and the SAEs of the source layer and of every target layer, all on one device.
+    def __init__(
+        self,
+        model: "BertForMaskedLM",
+        saes: Mapping[int, TopKSAE],
+        source_layer: int,
+        targets: Sequence[int] | None = None,
+        tail: Tail | None = None,
+        precision: str = FP32,
+    ) -> None:
+        """Bind the model and the SAEs, all on one device; the model must not change afterwards.
 
-        Every later layer that has an SAE is a target; the model must not change afterwards.
+        Args:
+            model: the Geneformer.
+            saes: SAE of the source layer and of every target layer; there may be more.
+            source_layer: the layer to ablate in.
+            targets: layers after it to read; None means every later layer that has an SAE.
+            tail: one that several benches of this model share: it starts at or before the source layer and reads
+                these targets, and none other after the source layer; None makes one.
+            precision: of the tail that is made; one of `precision.PRECISIONS`.
         """
         self.model, self.saes, self.source_layer = model, saes, source_layer
-        self.targets = tuple(sorted(layer for layer in saes if layer > source_layer))
+        self.targets = tuple(sorted(layer for layer in saes if layer > source_layer) if targets is None else targets)
         self.device = model.device
-        self.tail = Tail(model, source_layer, self.targets)
+        self.tail = tail or Tail(model, source_layer, self.targets, precision)
         widths = np.cumsum([0, *(saes[layer].n_features for layer in self.targets)])
         self.columns = {layer: slice(int(widths[i]), int(widths[i + 1])) for i, layer in enumerate(self.targets)}
         self.n_targets = int(widths[-1])
@@ -134,17 +174,14 @@ class Bench:
         """
         tokens = torch.from_numpy(cell.tokens).to(self.device)[None]
         residual = residuals(self.model, tokens, [self.source_layer])[self.source_layer]  # (1, n_pos, d_model)
-        if not torch.isfinite(residual).all():
-            raise UserError(
-                f"cell {cell.name}: the model's layer {self.source_layer} holds NaN or infinite values; check the "
-                "model's weights, or compute on another --device."
-            )
+        require_finite_stream(residual, cell, self.source_layer)
         everywhere = MeasuredPositions.of([cell.gene_positions], self.device)
         source = TopKLatents.of(self.saes[self.source_layer], residual[0, everywhere.position])
         targets = {
-            layer: TopKLatents.of(self.saes[layer], stream) for layer, stream in self.tail.run(residual, everywhere)
+            layer: TopKLatents.of(self.saes[layer], stream)
+            for layer, stream in self.tail.run(residual, everywhere, start=self.source_layer)
         }
-        return CleanCell(cell, residual[0].cpu(), source, targets)
+        return CleanCell(cell, kept_on_host(residual[0]), source, targets)
 
     @torch.inference_mode()
     def effects(self, clean: CleanCell, features: Sequence[int]) -> NDArray[np.float64]:
@@ -166,35 +203,45 @@ class Bench:
         active = [clean.active_rows(feature) for feature in features]
         if not all(len(rows) for rows in active):
             raise ValueError("a feature that is active nowhere in a cell has no effect there to measure")
-        latents = [clean.source_latents(feature, rows) for feature, rows in zip(features, active, strict=True)]
         effects = np.zeros((len(features), self.n_targets))
-        run = [i for i, of_feature in enumerate(latents) if of_feature.any()]
-        if not run:
+        moved = [i for i, rows in enumerate(active) if clean.source_latents(features[i], rows).any()]
+        if not moved:
             return effects
-        measured = MeasuredPositions.of([clean.cell.gene_positions[active[i]] for i in run], self.device)
-        streams = self._ablated(clean, [features[i] for i in run], np.concatenate([latents[i] for i in run]), measured)
-        stops = np.cumsum([len(active[i]) for i in run])
-        for layer, stream in self.tail.run(streams, measured):
-            ablated = TopKLatents.of(self.saes[layer], stream)
-            for i, stop in zip(run, stops, strict=True):
-                after = ablated.at(slice(stop - len(active[i]), stop))
-                before = clean.targets[layer].at(active[i])
-                effects[i, self.columns[layer]] = _mean_change(before, after, self.saes[layer])
+        rows = [active[i] for i in moved]
+        # the device works through all layers before anything is brought to the host, which would wait for it
+        streams = self._run(clean, [features[i] for i in moved], rows)
+        ablated = {layer: self.saes[layer].top_k(stream) for layer, stream in streams}
+        n_rows = np.array([len(of_feature) for of_feature in rows])
+        feature, row = np.repeat(np.arange(len(moved)), n_rows), np.concatenate(rows)
+        for layer, latents in ablated.items():
+            n_features = self.saes[layer].n_features
+            after, before = TopKLatents.on_host(*latents), clean.targets[layer].at(row)
+            change = after.totals(feature, n_features) - before.totals(feature, n_features)
+            effects[moved, self.columns[layer]] = change / n_rows[:, None]
         return effects
 
-    def _ablated(
-        self, clean: CleanCell, features: Sequence[int], latents: NDArray[np.floating], measured: MeasuredPositions
-    ) -> Tensor:
-        """One copy of the clean stream per feature, moved by -h_f * W_dec[:, f] where the feature is active.
+    def _run(
+        self, clean: CleanCell, features: Sequence[int], active: Sequence[NDArray[np.int64]]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Run one copy of the cell per feature, moved by -h_f * W_dec[:, f] where the feature is active.
 
-        `latents` (n_rows,) are the h_f at the measured positions.
+        Args:
+            clean: the cell's clean run.
+            features: one source feature per copy.
+            active: its active gene positions, counted among the gene positions.
+
+        Yields:
+            (target layer, its residual stream at these positions (n_rows, d_model), copy by copy), ascending.
         """
-        h = torch.from_numpy(latents).to(self.device)
+        measured = MeasuredPositions.of([clean.cell.gene_positions[rows] for rows in active], self.device)
+        latents = [clean.source_latents(feature, rows) for feature, rows in zip(features, active, strict=True)]
+        h = torch.from_numpy(np.concatenate(latents)).to(self.device)
         chosen = torch.as_tensor(list(features), device=self.device)[measured.item]
         directions = self.saes[self.source_layer].decoder_directions[chosen]  # (n_rows, d_model)
-        streams = clean.residual.to(self.device).repeat(len(features), 1, 1)  # (batch, n_pos, d_model)
+        residual = clean.residual.to(self.device)
+        streams = residual.repeat(len(features), 1, 1)  # (batch, n_pos, d_model)
         streams[measured.item, measured.position] -= h[:, None] * directions
-        return streams
+        yield from self.tail.run(streams, measured, start=self.source_layer, clean=residual)
 
     def batch_size(self, n_pos: int) -> int:
         """How many features of a cell of `n_pos` tokens fit in memory as one batch."""

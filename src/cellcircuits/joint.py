@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cellcircuits.cells import Cell
 from cellcircuits.combination_stats import conditions
-from cellcircuits.device import batch_memory
+from cellcircuits.device import batch_memory, kept_on_host
 from cellcircuits.effects import TopKLatents
 from cellcircuits.errors import UserError
 from cellcircuits.geneformer import edited, residuals
@@ -139,7 +139,7 @@ class JointBench:
                     f"cell {cell.name}: the model's layer {layer} holds NaN or infinite values; check the model's "
                     "weights, or compute on another --device."
                 )
-            residual[layer] = stream[0].cpu()
+            residual[layer] = kept_on_host(stream[0])
             latents[layer] = TopKLatents.of(self.saes[layer], stream[0, everywhere.position])
             before = layer
         ((_, at_target),) = self.tail.run(stream, everywhere, start=before)
