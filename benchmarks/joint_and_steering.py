@@ -9,9 +9,7 @@ decodes of all gene positions. Prints seconds, passes (encoder blocks run / bloc
 """
 
 import argparse
-import resource
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,12 @@ sys.path.insert(0, str(ROOT / "src"))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from transformers import BertConfig, BertForMaskedLM  # noqa: E402
+from common import load_study, peak_host_bytes, timed  # noqa: E402
+from published import dense_scaling, full_pass, with_attention  # noqa: E402
+from transformers import BertForMaskedLM  # noqa: E402
 
 from cellcircuits.cells import Cell  # noqa: E402
 from cellcircuits.combination_stats import conditions  # noqa: E402
-from cellcircuits.geneformer import captured, edited, masked_logits  # noqa: E402
 from cellcircuits.joint import JointBench  # noqa: E402
 from cellcircuits.steering import SteeringBench, SteeringRun  # noqa: E402
 from sae_model import TopKSAE  # noqa: E402
@@ -47,10 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Run both sides and print the table."""
     args = build_parser().parse_args()
-    model, saes, cell = demo_inputs() if args.shape == "demo" else paper_inputs()
-    model.set_attn_implementation(args.attention)
-    model.to(args.device)
-    saes = {layer: sae.to(args.device) for layer, sae in saes.items()}
+    inputs = load_study(args.shape, (*LAYERS, TARGET), 1, args.device)
+    model, saes, cell = with_attention(inputs.model, args.attention), inputs.saes, inputs.cells[0]
     repeats = args.repeats or (5 if args.shape == "demo" else 1)
     print(
         f"{args.shape}: {model.config.num_hidden_layers} blocks, d_model {model.config.hidden_size}, "
@@ -61,40 +58,8 @@ def main() -> int:
         triplet(model, saes, cell, repeats)
         for layer in (*LAYERS, TARGET):
             steering(model, saes, cell, layer, repeats)
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB")
+    print(f"peak memory {peak_host_bytes() / 2**30:.1f} GiB")
     return 0
-
-
-def demo_inputs() -> tuple[BertForMaskedLM, dict[int, TopKSAE], Cell]:
-    """The demo's model and SAEs and its first held-out cell."""
-    from cellcircuits.cells import CellSelection, load_cells
-    from cellcircuits.geneformer import load_model, n_positions
-    from cellcircuits.sae_store import find_sae, open_sae
-    from cellcircuits.vocabulary import load_vocabulary
-
-    demo = ROOT / "demo"
-    model = load_model(str(demo / "model")).model
-    vocabulary = load_vocabulary([demo / "model"], model.config.vocab_size)
-    selection = CellSelection(cells="all", obs_filters=(("split", "held_out"),), n_cells=1)
-    cell = load_cells(demo / "cells.h5ad", vocabulary, selection, n_positions(model)).cells[0]
-    return model, {layer: open_sae(find_sae(demo, layer)) for layer in (*LAYERS, TARGET)}, cell
-
-
-def paper_inputs() -> tuple[BertForMaskedLM, dict[int, TopKSAE], Cell]:
-    """Random weights of Geneformer V2-316M's shape, random SAEs of the study's, a random cell of 2,048 tokens."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=20_275, hidden_size=1152, num_hidden_layers=18, num_attention_heads=18, intermediate_size=4608,
-        hidden_act="relu", max_position_embeddings=4096, pad_token_id=0,
-    )  # fmt: skip
-    model = BertForMaskedLM(config).eval().requires_grad_(False)
-    saes = {}
-    for layer in (*LAYERS, TARGET):
-        sae = TopKSAE(1152, 4608, 32).eval().requires_grad_(False)
-        sae.W_dec.weight /= sae.W_dec.weight.norm(dim=0)
-        saes[layer] = sae
-    genes = np.random.default_rng(0).choice(np.arange(4, 20_275), 2046, replace=False)
-    return model, saes, Cell("random", 0, np.concatenate([[2], genes, [3]]), np.arange(1, 2047))
 
 
 def typical_feature(active: np.ndarray) -> int:
@@ -103,37 +68,14 @@ def typical_feature(active: np.ndarray) -> int:
     return int(features[np.argmin(np.abs(counts - N_ACTIVE))])
 
 
-def timed(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[float, Any]]:
+def in_turn(sides: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, tuple[float, Any]]:
     """Best seconds and result of each side, run in alternation."""
     found: dict[str, tuple[float, Any]] = {}
     for _ in range(repeats):
         for name, side in sides.items():
-            started = time.perf_counter()
-            result = side()
-            seconds = time.perf_counter() - started
+            seconds, result = timed(side, device)
             found[name] = (min(seconds, found.get(name, (seconds,))[0]), result)
     return found
-
-
-def dense_removal(sae: TopKSAE, positions: torch.Tensor, features: list[int], coefficient: float) -> Callable:
-    """The study's edit: encode all gene positions, two dense decodes."""
-
-    def edit(stream: torch.Tensor) -> torch.Tensor:
-        latents = sae.encode(stream[:, positions])
-        changed = latents.clone()
-        changed[..., features] *= coefficient
-        edited_stream = stream.clone()
-        edited_stream[:, positions] += sae.decode(changed) - sae.decode(latents)
-        return edited_stream
-
-    return edit
-
-
-def full_pass(model: BertForMaskedLM, tokens: torch.Tensor, edits: dict, layers: tuple[int, ...]) -> tuple[dict, Any]:
-    """Streams of `layers` and complete logits of one full pass with edits."""
-    with edited(model, edits), captured(model, layers) as streams:
-        logits = masked_logits(model, tokens)
-    return streams, logits
 
 
 def triplet(model: BertForMaskedLM, saes: dict[int, TopKSAE], cell: Cell, repeats: int) -> None:
@@ -156,7 +98,7 @@ def triplet(model: BertForMaskedLM, saes: dict[int, TopKSAE], cell: Cell, repeat
         effects = []
         for members in conditions(len(features)):
             edits = {
-                features[i][0]: dense_removal(saes[features[i][0]], positions, [features[i][1]], 0.0) for i in members
+                features[i][0]: dense_scaling(saes[features[i][0]], positions, [features[i][1]], 0.0) for i in members
             }
             streams, _ = full_pass(model, tokens, edits, (TARGET,))
             rows = torch.stack([active[i] for i in members]).any(0)
@@ -164,7 +106,7 @@ def triplet(model: BertForMaskedLM, saes: dict[int, TopKSAE], cell: Cell, repeat
             effects.append(change.cpu().numpy().mean(axis=0, dtype=np.float64))
         return np.stack(effects), (len(effects) + 1) * model.config.num_hidden_layers
 
-    found = timed({"ours": ours, "full passes": study}, repeats)
+    found = in_turn({"ours": ours, "full passes": study}, repeats, model.device)
     show("one triplet, one cell (7 conditions and the clean pass)", found, model.config.num_hidden_layers)
 
 
@@ -186,12 +128,12 @@ def steering(model: BertForMaskedLM, saes: dict[int, TopKSAE], cell: Cell, layer
         _, before = full_pass(model, tokens, {}, ())
         changes = []
         for alpha in ALPHAS:
-            edits = {layer: dense_removal(saes[layer], positions, [feature], alpha)}
+            edits = {layer: dense_scaling(saes[layer], positions, [feature], alpha)}
             _, after = full_pass(model, tokens, edits, ())
             changes.append((after - before)[0, positions].cpu().numpy().mean(axis=0, dtype=np.float64))
         return np.stack(changes), (len(ALPHAS) + 1) * model.config.num_hidden_layers
 
-    found = timed({"ours": ours, "full passes": study}, repeats)
+    found = in_turn({"ours": ours, "full passes": study}, repeats, model.device)
     show(f"one feature of layer {layer}, one cell, alphas {ALPHAS}", found, model.config.num_hidden_layers)
 
 
