@@ -17,6 +17,7 @@ from cellcircuits import cli
 from cellcircuits.catalog import display_name
 from cellcircuits.errors import UserError
 from cellcircuits.graph_store import read_edges, read_features
+from cellcircuits.results import open_folder, quantity_note
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,7 +53,8 @@ def look_up(args: argparse.Namespace) -> int:
     names = {
         (row["layer"], row["feature"]): display_name(row["label"], row["top_genes"]) for row in features.to_pylist()
     }
-    print("\n".join([*_facts(chosen[0]), *_edge_lines(edges, names, (layer, args.feature), args.n_edges)]))
+    note = quantity_note(open_folder(args.out_dir)["settings"])
+    print("\n".join([*_facts(chosen[0], note), *_edge_lines(edges, names, (layer, args.feature), args.n_edges)]))
     return 0
 
 
@@ -63,8 +65,8 @@ def _source_layer(features: pa.Table) -> int:
     return layers[0]
 
 
-def _facts(row: dict[str, Any]) -> Iterable[str]:
-    yield f"L{row['layer']}/F{row['feature']}  {row['label']}"
+def _facts(row: dict[str, Any], note: str) -> Iterable[str]:
+    yield f"L{row['layer']}/F{row['feature']}  {row['label']}{note}"
     if row["activation_freq"] is not None:
         yield f"  fires at {100 * row['activation_freq']:.2f}% of gene positions"
     if row["is_traced"]:

@@ -26,7 +26,8 @@ from cellcircuits.combination_results import norm_ratio
 from cellcircuits.errors import UserError
 from cellcircuits.graph_store import read_edges, read_features
 from cellcircuits.jsonio import read_json, write_atomically
-from cellcircuits.results import open_folder
+from cellcircuits.results import open_folder, quantity_note
+from cellcircuits.trace_layers import holds_layers
 
 N_HUBS_SHOWN = 12
 LABEL_LENGTH = 44
@@ -52,8 +53,10 @@ def draw(out_dir: Path) -> int:
     Raises:
         UserError: the folder holds no run, none that has a figure, or a damaged summary.
     """
-    if (out_dir / "selective_summary.json").is_file():
-        raise UserError(f"{out_dir}: there is no figure for a selective trace as a whole; draw its layer folders.")
+    if (out_dir / "selective_summary.json").is_file() or holds_layers(out_dir):
+        raise UserError(
+            f"{out_dir}: there is no figure for a trace of several layers as a whole; draw its layer folders."
+        )
     experiment = open_folder(out_dir)["settings"].get("experiment")
     figures: dict[str, tuple[str, Callable[[Path], Figure]]] = {
         "exhaustive_feature_tracing": ("exhaustive_tracing.png", exhaustive_tracing),
@@ -90,7 +93,7 @@ def exhaustive_tracing(out_dir: Path) -> Figure:
     top_hubs(right, summary, genes)
     figure.suptitle(
         f"Layer {summary['source_layer']}: {summary['n_features_traced']} features ablated one at a time, "
-        f"{summary['total_edges']:,} edges"
+        f"{summary['total_edges']:,} edges{quantity_note(summary)}"
     )
     return figure
 

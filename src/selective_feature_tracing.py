@@ -26,6 +26,7 @@ from cellcircuits.pathways import PATHWAYS, Pathway, as_json, read_pathways
 from cellcircuits.stats import EdgeRule
 from cellcircuits.trace_flags import add_edge_flags, add_sae_run_flag, catalog_command
 from cellcircuits.trace_folder import TraceFolder, make_tables
+from cellcircuits.trace_layers import LayerWork, trace_in_order
 
 if TYPE_CHECKING:
     from cellcircuits.inputs import LayerSAE
@@ -115,17 +116,17 @@ def run(args: argparse.Namespace) -> int:
     for source, later in targets.items():
         of_folder = {layer: layers[layer] for layer in (source, *later)}
         folders[source] = TraceFolder(
-            layer_folder(args.out_dir, source), source, of_folder, opened, rule, args.tokenization
+            layer_folder(args.out_dir, source), source, of_folder, opened, rule, args.tokenization, args.precision
         )
     with ExitStack() as locks:
         for out_dir in (args.out_dir, *(folder.out_dir for folder in folders.values())):
-            locks.enter_context(results.exclusive(out_dir))
+            locks.enter_context(results.shared(out_dir))
         # every folder is claimed before the choice is written: a refused run leaves the kept choice as it was
         fingerprints = {source: folder.claim() for source, folder in folders.items()}
         write_choice(args.out_dir, chosen, targets, fingerprints, pathways)
-        for source, folder in folders.items():
-            log.info("Layer %d, to layers %s", source, ", ".join(map(str, targets[source])))
-            folder.trace(sorted(x.index for x in chosen[source]), fingerprints[source], args.batch_size)
+        features = {source: sorted(x.index for x in of_layer) for source, of_layer in chosen.items()}
+        works = [LayerWork(folder, features[source], fingerprints[source]) for source, folder in folders.items()]
+        trace_in_order(works, args.batch_size)
         report(args.out_dir)
     print(f"Results: {args.out_dir} ({time.perf_counter() - started:.0f} s)")
     return 0

@@ -147,14 +147,14 @@ class TestChosenFeatures:
         ],
     )
     def test_chosen(self, flags: tuple[str, ...], expected: list[int]):
-        assert script.chosen_features(parsed(*flags), CATALOG) == expected
+        assert script.chosen_features(parsed(*flags), CATALOG, 5) == expected
 
     @pytest.mark.parametrize(
         "flags", [("--end-idx", "0"), ("--start-idx", "7"), ("--start-idx", "4", "--end-idx", "5")]
     )
     def test_nothing_left_is_refused(self, flags: tuple[str, ...]):
         with pytest.raises(UserError, match="no feature to trace"):
-            script.chosen_features(parsed(*flags), CATALOG)
+            script.chosen_features(parsed(*flags), CATALOG, 5)
 
 
 class TestLayers:

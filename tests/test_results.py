@@ -153,7 +153,7 @@ class TestClaimFolder:
         (tmp_path / name).mkdir() if name == "blocks" else (tmp_path / name).write_text("mine")
         with pytest.raises(UserError, match=f"{name}.*without a manifest.json"):
             claim_folder(tmp_path, SETTINGS, {})
-        assert [path.name for path in tmp_path.iterdir()] == [name]
+        assert [path.name for path in tmp_path.iterdir()] == [name]  # not even a lock file is added
         assert name == "blocks" or (tmp_path / name).read_text() == "mine"
 
     def test_a_folder_with_other_things_is_taken(self, tmp_path: Path):
@@ -218,6 +218,9 @@ class TestExclusive:
             ".exhaustive_tracing.png.1.tmp",
             "blocks/.block_00000.parquet.1.tmp",
             "blocks/.block_00016.partial.npz.1.tmp",
+            "blocks/.block_00016.parquet.1.0a1b2c3d.tmp",
+            ".layers_summary.json.12.00000000.tmp",
+            "blocks/.clock.x_1abc9z.tmp",
         )
         (tmp_path / "blocks").mkdir()
         for name in (*names, *stale):

@@ -393,36 +393,3 @@ def test_an_engine_that_disagrees_with_a_full_pass_is_refused(
 
 def test_partial_work_is_saved_well_within_ten_minutes():
     assert tracing.SAVE_EVERY_SECONDS <= 300
-
-
-def test_out_of_memory_halves_the_batch_and_goes_on(
-    study_template: Study, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    real, sizes = Bench.effects, []
-
-    def tight(self, clean, features):
-        if len(features) > 3:
-            raise torch.OutOfMemoryError("none left")
-        sizes.append(len(features))
-        return real(self, clean, features)
-
-    monkeypatch.setattr(Bench, "effects", tight)
-    assert trace(study_template, tmp_path) == 0
-    assert max(sizes) == 3
-    found, expected = (pq.read_table(folder / "edges.parquet").to_pandas() for folder in (tmp_path, finished))
-    names = ["source", "target_layer", "target", "n_cells"]
-    assert found[names].equals(expected[names])
-
-
-def test_no_memory_for_one_feature_is_one_sentence(
-    study_template: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    real = Bench.effects
-
-    def none_left(self, clean, features):
-        if clean.cell.row != 0:
-            raise torch.OutOfMemoryError("none left")
-        return real(self, clean, features)
-
-    monkeypatch.setattr(Bench, "effects", none_left)
-    assert "memory" in refusal(capsys, trace(study_template, tmp_path))

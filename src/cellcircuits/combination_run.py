@@ -9,7 +9,6 @@ from typing import Any
 from zipfile import is_zipfile
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -17,12 +16,12 @@ from cellcircuits import combination_results
 from cellcircuits.cells import Cell
 from cellcircuits.combination_stats import CombinationEffects, combination_statistics, condition_name, conditions
 from cellcircuits.combinations import LISTED, Combination
-from cellcircuits.device import host_memory
+from cellcircuits.device import host_memory, is_out_of_memory
 from cellcircuits.errors import UserError
 from cellcircuits.joint import CellEffects, CleanPath, JointBench, LayerFeature, joint_ablation_effect
 from cellcircuits.jsonio import write_atomically, write_json
 from cellcircuits.stats import EdgeRule
-from cellcircuits.tracing import SAVE_EVERY_SECONDS, require_finite
+from cellcircuits.tracing import SAVE_EVERY_SECONDS, require_finite, within_memory
 
 log = logging.getLogger(__name__)
 CLEAN_SHARE_OF_MEMORY = 0.25
@@ -95,10 +94,15 @@ class CleanPaths:
         return len(self._cells)
 
     def __getitem__(self, i: int) -> CleanPath:
-        """The clean run of cell `i`."""
+        """The clean run of cell `i`.
+
+        Raises:
+            UserError: it does not fit in the device's memory.
+        """
         if i in self._kept:
             return self._kept[i]
-        clean = self._bench.clean(self._cells[i])
+        with within_memory(f"cell {self._cells[i].name}: its clean run"):
+            clean = self._bench.clean(self._cells[i])
         self.n_runs += 1
         if clean.n_bytes <= self._free:
             self._kept[i] = clean
@@ -227,14 +231,16 @@ class CombinationRun:
         """Compare the tree of tail runs with full hooked forward passes on this model, before trusting it.
 
         Raises:
-            UserError: they disagree, which means that the model is not built as a Geneformer is.
+            UserError: they disagree, which means that the model is not built as a Geneformer is, or a full pass does
+                not fit in the device's memory.
         """
         found = self._first_active(clean, chosen)
         if found is None:
             return
         path, features = found
         fast = effects_that_fit(self.bench, path, features, self.batch_size)[0].published[-1]
-        slow = joint_ablation_effect(self.bench, path.cell, features)
+        with within_memory(f"cell {path.cell.name}: a full forward pass"):
+            slow = joint_ablation_effect(self.bench, path.cell, features)
         if slow is None:  # a near tie at its only position fell the other way
             return
         require_finite(fast, path.cell)
@@ -272,7 +278,9 @@ def effects_that_fit(
     while True:
         try:
             return bench.effects(path, features, batch_size), batch_size
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             n_streams = batch_size or min(bench.batch_size(len(path.cell.tokens)), len(conditions(len(features))))
             if n_streams == 1:
                 raise UserError(

@@ -4,6 +4,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ class LayerSAE:
     files: sae_store.SAEFiles
     sae: TopKSAE
     catalog: dict[int, FeatureInfo] | None
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of the files of the SAE that determine numbers."""
+        return sae_store.fingerprint(self.files)
 
     def features(self) -> list[FeatureInfo]:
         """Every feature: the catalog's or, without one, all of the SAE's with nothing known about them."""
@@ -115,36 +121,89 @@ def open_cells(args: argparse.Namespace, loaded: LoadedModel, selection: CellSel
     return ModelAndCells(loaded, vocabulary, cells, loaded.model.device)
 
 
-def check_layers(n_layers: int, source: int, targets: Sequence[int]) -> None:
-    """Check that the source has a block after it and that every target is one of those.
+def check_layers(n_layers: int, sources: Sequence[int], targets: Sequence[int]) -> None:
+    """Check that every source has a target after it and that every target is after a source.
+
+    Args:
+        n_layers: blocks of the model.
+        sources: layers to ablate in, ascending.
+        targets: layers to read, ascending; a source reads those after it.
 
     Raises:
         UserError: with a set of layers that this model has.
     """
-    try_these = "" if n_layers < 2 else f"; try {_suggested_layers(n_layers, source)}"
+    first, many = sources[0], len(sources) > 1
     has = f"this model has {n_layers} blocks, 0 to {n_layers - 1}"
-    if not 0 <= source < n_layers:
-        raise UserError(f"--source-layer {source}: {has}{try_these}.")
-    if source == n_layers - 1:
-        raise UserError(
-            f"--source-layer {source}: it is the last block, so nothing lies downstream ({has}){try_these}."
-        )
+    for source in sources:
+        try_these = "; leave it out" if many else _suggested_layers(n_layers, source)
+        if source >= n_layers:
+            raise UserError(f"--source-layer {source}: {has}{try_these}.")
+        if source == n_layers - 1:
+            raise UserError(
+                f"--source-layer {source}: it is the last block, so nothing lies downstream ({has}){try_these}."
+            )
+    try_these = _suggested_layers(n_layers, first)
     for target in targets:
         if target >= n_layers:
             raise UserError(f"--downstream-layers {target}: {has}{try_these}.")
-        if target <= source:
-            raise UserError(f"--downstream-layers {target}: not after the source layer {source}{try_these}.")
+        if target <= first:
+            which = "first source layer" if many else "source layer"
+            raise UserError(f"--downstream-layers {target}: not after the {which} {first}{try_these}.")
+    if sources[-1] >= targets[-1]:
+        raise UserError(
+            f"--source-layer {sources[-1]}: none of the layers to read ({', '.join(map(str, targets))}) comes after "
+            "it; leave it out or add one to --downstream-layers."
+        )
 
 
 def _suggested_layers(n_layers: int, source: int) -> str:
     """The published choice (5 -> 6, 11, 17 of 18) at this depth, keeping the source where it can stay."""
+    if n_layers < 2:
+        return ""
     last = n_layers - 1
     flags = ""
     if source >= last:
         source = last * 5 // 17
         flags = f"--source-layer {source} "
     targets = sorted({source + 1, (source + 1 + last) // 2, last})
-    return f"{flags}--downstream-layers {','.join(map(str, targets))}"
+    return f"; try {flags}--downstream-layers {','.join(map(str, targets))}"
+
+
+def every_source_layer(data_root: Path, run_name: str | None, n_layers: int, last_target: int) -> list[int]:
+    """Layers that can be traced: with an SAE, a catalog and a layer to read after them; says which are left out.
+
+    Args:
+        data_root: the folder that holds `sae_models/`.
+        run_name: see `find_sae`.
+        n_layers: blocks of the model.
+        last_target: the last layer to read.
+
+    Raises:
+        UserError: there is none, or a layer has several SAEs and no `run_name` says which.
+    """
+    why_not = {layer: _why_no_source(data_root, layer, run_name, last_target) for layer in range(n_layers)}
+    sources = [layer for layer, reason in why_not.items() if reason is None]
+    reasons = {
+        reason: [layer for layer in why_not if why_not[layer] == reason] for reason in why_not.values() if reason
+    }
+    left_out = "; ".join(f"{reason}: {', '.join(map(str, layers))}" for reason, layers in reasons.items())
+    if not sources:
+        raise UserError(
+            f"--source-layer all: {data_root} has no layer to trace ({left_out}); make catalogs with prepare_inputs.py "
+            "--existing-saes, or change --downstream-layers."
+        )
+    log.info("Source layers %s; left out: %s", ", ".join(map(str, sources)), left_out or "none")
+    return sources
+
+
+def _why_no_source(data_root: Path, layer: int, run_name: str | None, last_target: int) -> str | None:
+    if layer >= last_target:
+        return "no layer to read after it"
+    try:
+        files = sae_store.find_sae(data_root, layer, run_name)
+    except sae_store.MissingSAEError:
+        return "no SAE"
+    return None if files.catalog.is_file() else "no catalog"
 
 
 def _find_all(data_root: Path, layers: Sequence[int], run_name: str | None) -> dict[int, sae_store.SAEFiles]:

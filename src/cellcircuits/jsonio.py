@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,8 +36,29 @@ def write_json(path: Path, content: Any) -> None:
         ValueError: `content` holds a NaN or an infinity.
         UserError: the folder cannot be written.
     """
-    text = json.dumps(content, indent=2, allow_nan=False)
-    write_atomically(path, lambda stream: stream.write(text.encode("utf-8")))
+    write_atomically(path, _writer(content))
+
+
+def create_json(path: Path, content: Any) -> bool:
+    """Write `content` unless `path` is there already; of several processes that try at once, one succeeds.
+
+    Returns:
+        Whether this call made the file.
+
+    Raises:
+        ValueError: `content` holds a NaN or an infinity.
+        UserError: the folder cannot be written.
+    """
+    with _written(path, _writer(content)) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links: the best it can do
+            if path.exists():
+                return False
+            temporary.replace(path)
+        return True
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -45,14 +67,27 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     Raises:
         UserError: the folder cannot be written, or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _written(path, write) as temporary:
+        temporary.replace(path)
+
+
+def _writer(content: Any) -> Callable[[IO[bytes]], Any]:
+    text = json.dumps(content, indent=2, allow_nan=False)
+    return lambda stream: stream.write(text.encode("utf-8"))
+
+
+@contextmanager
+def _written(path: Path, write: Callable[[IO[bytes]], Any]) -> Iterator[Path]:
+    """A sibling of `path` that `write` has filled; it is gone after the `with`."""
+    # two machines may have the same process id, and threads of one process do
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(path)
+        yield temporary
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); free or choose another folder.") from None
     finally:

@@ -11,12 +11,12 @@ import logging
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cellcircuits.errors import UserError
-from cellcircuits.jsonio import read_json, write_json
+from cellcircuits.jsonio import create_json, read_json, write_json
 
 log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
@@ -26,14 +26,16 @@ DEGREE_BINS = (0, 1, 10, 50, 100, 500, 1000, 5000, 10000)
 MANIFEST = "manifest.json"
 _FEATURE = r"L\d+_F\d+"
 HALF_WRITTEN = re.compile(
-    r"\.((manifest|progress|(exhaustive_|selective_|trajectory_)?summary|switch_features|cell_metadata|chosen_features|feature_\d+"
+    r"\.((manifest|progress|(exhaustive_|selective_|trajectory_|layers_)?summary|switch_features|same_position_check|cell_metadata|chosen_features|feature_\d+"
     rf"|(pair|triplet)_{_FEATURE}(_x_{_FEATURE})+|steering_F\d+_L\d+)\.json|(edges|features)\.parquet"
     r"|(exhaustive_tracing|higher_order_ablation|trajectory_steering)\.png|block_\d+\.(parquet|partial\.npz)"
-    rf"|(state_signatures|sae_activations|unfinished|{_FEATURE}(_x_{_FEATURE})+)\.npz)\.\d+\.tmp"
+    rf"|(state_signatures|sae_activations|unfinished|{_FEATURE}(_x_{_FEATURE})+)\.npz)\.\d+(\.[0-9a-f]{{8}})?\.tmp"
+    r"|\.clock\.\w+\.tmp"
 )
 RESULTS = (
     "feature_*.json", "pair_*.json", "triplet_*.json", "steering_*.json", "*summary.json", "cell_metadata.json",
-    "switch_features.json", "*.parquet", "blocks", "partial", "effects", "state_signatures.npz", "sae_activations.npz",
+    "switch_features.json", "same_position_check.json", "*.parquet", "blocks", "partial", "effects",
+    "state_signatures.npz", "sae_activations.npz",
 )  # fmt: skip
 SUBFOLDERS = ("blocks", "partial", "effects")
 NEEDED_SETTING = {  # one that every manifest of the experiment has
@@ -42,6 +44,7 @@ NEEDED_SETTING = {  # one that every manifest of the experiment has
     "trajectory_steering": ("alphas", list),
     "trajectory_analysis": ("layers", list),
 }
+SAME_POSITION = "same_position"  # the `quantity` of settings and summaries; without one it is the total effect
 NOT_EFFECTS = ("label", "activation_freq", "elapsed_seconds")
 
 
@@ -62,8 +65,16 @@ def claim_folder(out_dir: Path, settings: Mapping[str, Any], provenance: Mapping
     path = out_dir / MANIFEST
     current = json.loads(json.dumps(settings, allow_nan=False))
     origin = json.loads(json.dumps(provenance, allow_nan=False))
-    origins = []
-    if path.exists():
+    # looked for before the manifest, which a run that starts at the same time makes before its results
+    found = next((found for pattern in RESULTS for found in out_dir.glob(pattern)), None)
+    if found is not None and not path.exists():
+        raise UserError(
+            f"{out_dir}: holds results ({found.name}) without a {MANIFEST}, so nobody can say what they were made "
+            "from; they are left alone, choose another --out-dir."
+        )
+    with one_at_a_time(out_dir):
+        if create_json(path, {"schema_version": SCHEMA_VERSION, "settings": current, "provenance": [origin]}):
+            return settings_fingerprint(current)
         kept = open_folder(out_dir)
         differences = list(setting_differences(kept["settings"], current))
         if differences:
@@ -72,22 +83,10 @@ def claim_folder(out_dir: Path, settings: Mapping[str, Any], provenance: Mapping
                 "run with those settings to go on there."
             )
         origins = kept["provenance"] if isinstance(kept.get("provenance"), list) else []
-    else:
-        _require_no_results(out_dir)
-    if origin not in origins:
-        content = {"schema_version": SCHEMA_VERSION, "settings": current, "provenance": [*origins, origin]}
-        write_json(path, content)
+        if origin not in origins:
+            content = {"schema_version": SCHEMA_VERSION, "settings": current, "provenance": [*origins, origin]}
+            write_json(path, content)
     return settings_fingerprint(current)
-
-
-def _require_no_results(out_dir: Path) -> None:
-    for pattern in RESULTS:
-        found = next(out_dir.glob(pattern), None)
-        if found is not None:
-            raise UserError(
-                f"{out_dir}: holds results ({found.name}) without a {MANIFEST}, so nobody can say what they were made "
-                "from; they are left alone, choose another --out-dir."
-            )
 
 
 @contextmanager
@@ -97,24 +96,73 @@ def exclusive(out_dir: Path) -> Iterator[None]:
     Raises:
         UserError: another run is at work there, or the folder cannot be written.
     """
+    with _lock_file(out_dir, ".lock") as lock:
+        _take_lock(out_dir, lock, fcntl.LOCK_EX)
+        _remove_half_written(out_dir)
+        yield
+
+
+@contextmanager
+def shared(out_dir: Path) -> Iterator[None]:
+    """Inside the `with`, other `shared` runs may work in `out_dir` too, but no `exclusive` one.
+
+    What killed runs left half-written is removed when nobody else is at work there.
+
+    Raises:
+        UserError: an `exclusive` run is at work there, or the folder cannot be written.
+    """
+    # one after the other, so that no run takes another one's short LOCK_EX for an `exclusive` run
+    with _lock_file(out_dir, ".lock") as lock:
+        with one_at_a_time(out_dir):
+            with suppress(OSError):  # others are at work, or a file system without locks: then nothing is removed
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove_half_written(out_dir)
+            # LOCK_EX ends before LOCK_SH begins: an `exclusive` run that slips in between is seen here
+            _take_lock(out_dir, lock, fcntl.LOCK_SH)
+        yield
+
+
+@contextmanager
+def one_at_a_time(out_dir: Path) -> Iterator[None]:
+    """Wait until no other process is inside this `with` for the folder: for what takes moments.
+
+    Where the file system has no locks, nothing is waited for.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    with _lock_file(out_dir, ".moment.lock") as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _lock_file(out_dir: Path, name: str) -> Iterator[IO[str]]:
+    """The file whose flock stands for a folder; leaving the `with` gives the lock back."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        lock = (out_dir / ".lock").open("a")
+        lock = (out_dir / name).open("a+")  # NFS wants it readable for LOCK_SH and writable for LOCK_EX
     except OSError as error:
         raise UserError(f"{out_dir}: cannot be written ({error.strerror}); choose another --out-dir.") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{out_dir}: another run is at work there; wait for it or choose another --out-dir."
-            ) from None
-        except OSError as error:  # a file system without locks
-            log.warning("%s cannot be locked (%s); let no other run work in it.", out_dir, error.strerror)
-        for path in (p for folder in (".", *SUBFOLDERS) for p in (out_dir / folder).glob(".*.tmp")):
-            if HALF_WRITTEN.fullmatch(path.name):  # the folder may hold hidden files of others
-                path.unlink(missing_ok=True)
-        yield
+        yield lock
+
+
+def _take_lock(out_dir: Path, lock: IO[str], kind: int) -> None:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{out_dir}: another run is at work there; wait for it or choose another --out-dir.") from None
+    except OSError as error:  # a file system without locks
+        alone = "no other run" if kind == fcntl.LOCK_EX else "no run of another experiment"
+        log.warning("%s cannot be locked (%s); let %s work in it.", out_dir, error.strerror, alone)
+
+
+def _remove_half_written(out_dir: Path) -> None:
+    for path in (p for folder in (".", *SUBFOLDERS) for p in (out_dir / folder).glob(".*.tmp")):
+        if HALF_WRITTEN.fullmatch(path.name):  # the folder may hold hidden files of others
+            path.unlink(missing_ok=True)
 
 
 def settings_fingerprint(settings: Mapping[str, Any]) -> str:
@@ -240,12 +288,20 @@ def summarise(source_layer: int, features: Iterable[Mapping[str, Any]]) -> dict[
     }
 
 
+def quantity_note(content: Mapping[str, Any]) -> str:
+    """What to add to a heading, given a summary or the settings of a run: nothing where effects are total effects."""
+    return " (same-position effects)" if content.get("quantity") == SAME_POSITION else ""
+
+
 def report_lines(
     summary: Mapping[str, Any], features: Sequence[Mapping[str, Any]], edges_per_layer: Mapping[int, int]
 ) -> Iterable[str]:
     """The summary as text for the terminal, line by line."""
     layer = summary["source_layer"]
-    yield f"Layer {layer}: {summary['n_features_traced']} features traced, {summary['total_edges']} edges"
+    yield (
+        f"Layer {layer}: {summary['n_features_traced']} features traced, {summary['total_edges']} edges"
+        f"{quantity_note(summary)}"
+    )
     yield (
         f"  edges per feature: mean {summary['mean_edges_per_feature']:.2f}, "
         f"median {summary['median_edges_per_feature']:g}, max {summary['max_edges']}; "

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cellcircuits import steering_results
 from cellcircuits.cells import Cell
+from cellcircuits.device import is_out_of_memory
 from cellcircuits.effects import TopKLatents
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import write_atomically, write_json
@@ -22,7 +22,7 @@ from cellcircuits.panel import PanelFeature
 from cellcircuits.state_shift import LogitMap, Signatures, alpha_result, state_shifts
 from cellcircuits.steering import CleanStates, SteeringBench, SteeringRun, is_active, moves, steered_logit_change
 from cellcircuits.steering_state import Unfinished, marks_in, read_arrays
-from cellcircuits.tracing import SAVE_EVERY_SECONDS
+from cellcircuits.tracing import SAVE_EVERY_SECONDS, within_memory
 
 log = logging.getLogger(__name__)
 SIGNATURES_FILE = "state_signatures.npz"
@@ -158,8 +158,14 @@ class Steerer:
         return so_far
 
     def run_cell(self, so_far: Unfinished, end: int, save: Callable[[], None]) -> None:
-        """The clean pass of one early or late cell and, in an early one, all steered passes."""
-        clean = self.bench.clean(self.cells[self.ends[end]])
+        """The clean pass of one early or late cell and, in an early one, all steered passes.
+
+        Raises:
+            UserError: the clean pass does not fit in memory; see `steer_layer` for the steered ones.
+        """
+        cell = self.cells[self.ends[end]]
+        with within_memory(f"cell {cell.name}: its clean pass"):
+            clean = self.bench.clean(cell)
         self.spent.n_clean_passes += 1
         so_far.mean_transformed[end] = clean.mean_transformed
         row = int(np.searchsorted(self.early, self.ends[end]))
@@ -194,7 +200,9 @@ class Steerer:
             if not so_far.done[row, features, alphas].all():  # an interrupted run may have stopped inside a cell
                 try:
                     changes = self.bench.mean_changes(clean, layer, latents, batch)
-                except torch.OutOfMemoryError:
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
                     size = self.batch_size = self.smaller_batch(len(batch), clean.cell)
                     continue
                 require_finite(changes, clean.cell)
@@ -222,16 +230,18 @@ class Steerer:
         """Compare a steered pass with a full hooked one with complete logits, before trusting the engine.
 
         Raises:
-            UserError: they disagree, which means that the model is not built as a Geneformer is.
+            UserError: they disagree, which means that the model is not built as a Geneformer is, or a full pass does
+                not fit in the device's memory.
         """
         candidates = [run for run in runs if moves(latents, run)]
         if self.engine_checked or not candidates:
             return
         largest = np.abs(self.logit_map.logits(clean.mean_transformed)).max()
         for run in candidates[:SELF_CHECK_TRIES]:
-            (change,) = self.bench.mean_changes(clean, layer, latents, [run])
+            with within_memory(f"cell {clean.cell.name}: a steered pass with complete logits"):
+                (change,) = self.bench.mean_changes(clean, layer, latents, [run])
+                slow = steered_logit_change(self.bench, clean.cell, layer, run.feature, run.alpha)
             require_finite(change, clean.cell)
-            slow = steered_logit_change(self.bench, clean.cell, layer, run.feature, run.alpha)
             wrong_by = np.abs(self.logit_map.changes(change) - slow).max()
             if wrong_by <= SELF_CHECK_TOLERANCE * (np.abs(slow).max() + 0.01 * largest):
                 self.engine_checked = True

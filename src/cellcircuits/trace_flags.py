@@ -4,8 +4,11 @@ import argparse
 import shlex
 
 from cellcircuits import cli
+from cellcircuits.errors import UserError
+from cellcircuits.precision import FP32, PRECISIONS
 from cellcircuits.stats import EdgeRule
 
+SAME_POSITION_CHECKED = 16
 SHARED_WITH_PREPARATION = (
     "model model_subfolder model_revision dicts sae_run cells control_column control_values cell_line "
     "counts gene_column tokenization max_tokens min_mapped min_median_tokens downsample_to"
@@ -22,8 +25,17 @@ def add_sae_run_flag(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def source_layers(text: str) -> tuple[int, ...] | None:
+    """Parse `5`, `0,5,11` or `all` into ascending distinct block indices, or None for all.
+
+    Raises:
+        argparse.ArgumentTypeError: something else.
+    """
+    return None if text.strip() == "all" else cli.layer_list(text)
+
+
 def add_edge_flags(group: argparse._ActionsContainer) -> None:
-    """Add the two thresholds of an edge and `--batch-size`."""
+    """Add the two thresholds of an edge, `--batch-size` and `--precision`."""
     group.add_argument(
         "--min-abs-d",
         type=cli.non_negative,
@@ -39,6 +51,62 @@ def add_edge_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--batch-size", type=cli.natural, default=None, help="ablations run at once (default: what memory allows)"
     )
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=PRECISIONS[0],
+        help="how the blocks after the source layer are computed: fp32 is the reference; the others are faster on GPUs "
+        "with tensor cores and cost edges, see README (default: %(default)s)",
+    )
+
+
+def add_same_position_flags(group: argparse._ActionsContainer) -> None:
+    """Add `--same-position` and `--same-position-check`."""
+    group.add_argument(
+        "--same-position",
+        action="store_true",
+        help="measure same-position effects: only the positions where a feature is active keep running after the edit "
+        "and see each other's changed keys and values, every other position stays clean. It is another quantity than "
+        "the total effect that the study published, and costs about a hundredth of it; a sample of features is "
+        "measured both ways at the end. The folder of one is never used for the other",
+    )
+    group.add_argument(
+        "--same-position-check",
+        type=sample_size,
+        default=None,
+        metavar="N",
+        help="with --same-position: how many features to measure both ways; 0 for none "
+        f"(default: {SAME_POSITION_CHECKED})",
+    )
+
+
+def sample_size(text: str) -> int:
+    """Parse a non-negative integer.
+
+    Raises:
+        argparse.ArgumentTypeError: something else.
+    """
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a non-negative integer")
+    return int(text)
+
+
+def n_checked(args: argparse.Namespace) -> int:
+    """How many features to measure both ways; 0 for a run that measures total effects.
+
+    Raises:
+        UserError: the flags do not go together.
+    """
+    if not args.same_position:
+        if args.same_position_check is not None:
+            raise UserError("--same-position-check: means nothing without --same-position; add that, or leave it out.")
+        return 0
+    if args.precision != FP32:
+        raise UserError(
+            f"--precision {args.precision}: same-position effects are computed in {FP32} only; leave it out, or leave "
+            "out --same-position."
+        )
+    return SAME_POSITION_CHECKED if args.same_position_check is None else args.same_position_check
 
 
 def catalog_command(args: argparse.Namespace, defaults: argparse.Namespace, layer: int) -> str:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from cellcircuits import graph_store, results
 from cellcircuits.jsonio import write_json
+from cellcircuits.precision import FP32
 from cellcircuits.stats import EdgeRule
 
 if TYPE_CHECKING:
+    from cellcircuits.effects import Bench, CleanCell
     from cellcircuits.inputs import LayerSAE, ModelAndCells
 
 EXPERIMENT = "exhaustive_feature_tracing"
@@ -29,6 +31,9 @@ class TraceFolder:
         opened: model and cells.
         rule: what makes an edge.
         tokenization: how the cells were ranked.
+        precision: how the blocks after the source layer are computed.
+        same_position: whether the numbers are same-position effects instead of total effects.
+        n_checked: same-position effects of how many features to compare with their total effects, once all are there.
     """
 
     out_dir: Path
@@ -37,26 +42,33 @@ class TraceFolder:
     opened: "ModelAndCells"
     rule: EdgeRule
     tokenization: str
+    precision: str = FP32
+    same_position: bool = False
+    n_checked: int = 0
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """The target layers, ascending."""
+        return tuple(sorted(layer for layer in self.layers if layer > self.source_layer))
 
     def settings(self) -> dict[str, Any]:
         """Everything that determines the numbers; labels, and which features are asked for, do not."""
-        from cellcircuits import sae_store
-
-        saes = {str(layer): sae_store.fingerprint(layer_sae.files) for layer, layer_sae in self.layers.items()}
-        return {
+        dtype = str(self.opened.loaded.model.dtype).removeprefix("torch.")
+        settings = {
             "experiment": EXPERIMENT,
             "source_layer": self.source_layer,
-            "downstream_layers": [layer for layer in self.layers if layer != self.source_layer],
+            "downstream_layers": list(self.targets),
             "model": self.opened.loaded.fingerprint,
-            "saes": saes,
+            "saes": {str(layer): layer_sae.fingerprint for layer, layer_sae in self.layers.items()},
             "n_cells": len(self.opened.cells.cells),
             "cells": self.opened.cells.fingerprint(),
             "tokenization": self.tokenization,
             "min_abs_d": self.rule.min_abs_d,
             "min_consistency": self.rule.min_consistency,
             "block_size": graph_store.BLOCK_SIZE,
-            "precision": str(self.opened.loaded.model.dtype).removeprefix("torch."),
+            "precision": dtype if self.precision == FP32 else self.precision,
         }
+        return settings | ({"quantity": results.SAME_POSITION} if self.same_position else {})
 
     def claim(self) -> str:
         """Make the folder this run's, or check that it is, and name its features; returns the fingerprint.
@@ -70,20 +82,38 @@ class TraceFolder:
         graph_store.write_features(self.out_dir, {n: x.features() for n, x in self.layers.items()})
         return fingerprint
 
-    def trace(self, features: Sequence[int], fingerprint: str, batch_size: int | None) -> None:
+    def trace(
+        self,
+        features: Sequence[int],
+        fingerprint: str,
+        bench: "Bench",
+        clean: "Sequence[CleanCell]",
+        batch_size: int | None,
+    ) -> bool:
         """Trace the features that the folder does not hold yet.
 
+        Args:
+            features: source features, ascending.
+            fingerprint: what `claim` returned.
+            bench: of this source layer and these targets; it measures what the folder holds.
+            clean: clean runs of the cells, made when asked for.
+            batch_size: features per batch; None lets memory decide.
+
+        Returns:
+            Whether all of them are finished, here or by other processes.
+
         Raises:
-            UserError: see `Tracer.check_engine`.
+            UserError: see `Tracer.trace`.
         """
-        from cellcircuits.effects import Bench
+        from cellcircuits.effects import ablation_effect
+        from cellcircuits.same_position import same_position_effect
         from cellcircuits.trace_run import Tracer
 
-        loaded, catalog = self.opened.loaded, self.layers[self.source_layer].catalog
-        bench = Bench(loaded.model, {layer: x.sae for layer, x in self.layers.items()}, self.source_layer)
-        tracer = Tracer(self.out_dir, bench, self.opened.cells.cells, catalog or {}, self.rule, fingerprint, batch_size)
+        definition = same_position_effect if self.same_position else ablation_effect
+        catalog = self.layers[self.source_layer].catalog or {}
+        tracer = Tracer(self.out_dir, bench, clean, catalog, self.rule, fingerprint, batch_size, definition)
         make_tables(self.out_dir)  # so that what earlier runs left can be looked up meanwhile
-        tracer.trace(features)
+        return tracer.trace(features)
 
 
 def make_tables(out_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[int, int]]:
@@ -96,8 +126,12 @@ def make_tables(out_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]], di
         UserError: the folder holds no trace.
     """
     settings = results.open_folder(out_dir, EXPERIMENT)["settings"]
-    unnamed, per_layer = graph_store.write_edges(out_dir, results.settings_fingerprint(settings))
-    features = graph_store.fill_degrees(out_dir, settings["source_layer"], unnamed)
-    summary = results.summarise(settings["source_layer"], features)
-    write_json(out_dir / "exhaustive_summary.json", summary)
+    # of two processes that end at the same time, the one that writes last has then seen all shards
+    with results.one_at_a_time(out_dir):
+        unnamed, per_layer = graph_store.write_edges(out_dir, results.settings_fingerprint(settings))
+        features = graph_store.fill_degrees(out_dir, settings["source_layer"], unnamed)
+        summary = results.summarise(settings["source_layer"], features)
+        if "quantity" in settings:
+            summary["quantity"] = settings["quantity"]
+        write_json(out_dir / "exhaustive_summary.json", summary)
     return summary, features, per_layer

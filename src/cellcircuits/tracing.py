@@ -6,17 +6,18 @@ so that a kill costs at most that much work however slow the machine is.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 
 from cellcircuits.cells import Cell
+from cellcircuits.device import is_out_of_memory
 from cellcircuits.effects import Bench, CleanCell
 from cellcircuits.errors import UserError
 from cellcircuits.graph_store import EDGE_SCHEMA, Shard
@@ -79,25 +80,6 @@ class BlockEffects:
             self.n_cells_done = 0
 
 
-class CleanRuns(Sequence[CleanCell]):
-    """Clean runs of cells, each made when first asked for and then kept."""
-
-    def __init__(self, bench: Bench, cells: Sequence[Cell]) -> None:
-        """Bind the cells; nothing is run yet."""
-        self._bench, self._cells = bench, cells
-        self._runs: dict[int, CleanCell] = {}
-
-    def __len__(self) -> int:
-        """Number of cells."""
-        return len(self._cells)
-
-    def __getitem__(self, i: int) -> CleanCell:
-        """The clean run of cell `i`."""
-        if i not in self._runs:
-            self._runs[i] = self._bench.clean(self._cells[i])
-        return self._runs[i]
-
-
 def require_finite(effects: NDArray[np.float64], cell: Cell) -> None:
     """Stop at effects that are no numbers: the edge rule would silently take them for "not an edge".
 
@@ -109,6 +91,23 @@ def require_finite(effects: NDArray[np.float64], cell: Cell) -> None:
             f"cell {cell.name}: the effects on its activations are not finite; check the model's and the SAEs' "
             "weights, or compute on another --device."
         )
+
+
+@contextmanager
+def within_memory(what: str) -> Iterator[None]:
+    """Turn running out of memory inside the `with` into one sentence, for what cannot be made smaller.
+
+    Raises:
+        UserError: `what` does not fit in the device's memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{what} does not fit in the device's memory; free some of it, lower --max-tokens or take --device cpu."
+        ) from None
 
 
 def trace_block(
@@ -142,7 +141,9 @@ def trace_block(
             started = time.perf_counter()
             try:
                 block.effects[batch, i] = bench.effects(clean, [block.features[j] for j in batch])
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 if len(batch) == 1:
                     raise UserError(
                         f"cell {clean.cell.name}: not even one feature fits in the device's memory; free some of it, "
