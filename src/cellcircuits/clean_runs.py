@@ -93,7 +93,7 @@ def continued(bench: Bench, earlier: Bench, clean: CleanCell) -> CleanCell:
     source = clean.targets.get(bench.source_layer)
     if source is None:
         positions = torch.from_numpy(clean.cell.gene_positions).to(bench.device)
-        source = TopKLatents.of(bench.saes[bench.source_layer], residual[positions])
+        source = TopKLatents.of(bench.saes[bench.source_layer], residual[positions]).kept()
     targets = {layer: clean.targets[layer] for layer in bench.targets}
     return CleanCell(clean.cell, kept_on_host(residual), source, targets)
 

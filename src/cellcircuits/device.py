@@ -35,7 +35,9 @@ def choose_device(name: str) -> torch.device:
 def batch_memory(device: torch.device) -> int:
     """Bytes that one batch of tail runs may take on `device`."""
     if device.type == "cuda":
-        return int(0.5 * torch.cuda.mem_get_info(device)[0])
+        # what PyTorch keeps for its next tensors is not free to others, but it is to us
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(0.5 * (torch.cuda.mem_get_info(device)[0] + unused))
     if device.type == "mps":
         return int(0.3 * torch.mps.recommended_max_memory())
     return CPU_BATCH_BYTES

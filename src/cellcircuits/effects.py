@@ -45,6 +45,10 @@ class TopKLatents:
         """Bring what `TopKSAE.top_k` gave to the host."""
         return cls(values.cpu().numpy(), features.to(torch.int32).cpu().numpy())
 
+    def kept(self) -> "TopKLatents":
+        """The same for a long stay; see `kept_on_host`."""
+        return TopKLatents(*(kept_on_host(torch.from_numpy(x)).numpy() for x in (self.values, self.features)))
+
     def at(self, rows: NDArray[np.int64] | slice) -> "TopKLatents":
         """The same latents at some of the rows."""
         return TopKLatents(self.values[rows], self.features[rows])
@@ -176,9 +180,9 @@ class Bench:
         residual = residuals(self.model, tokens, [self.source_layer])[self.source_layer]  # (1, n_pos, d_model)
         require_finite_stream(residual, cell, self.source_layer)
         everywhere = MeasuredPositions.of([cell.gene_positions], self.device)
-        source = TopKLatents.of(self.saes[self.source_layer], residual[0, everywhere.position])
+        source = TopKLatents.of(self.saes[self.source_layer], residual[0, everywhere.position]).kept()
         targets = {
-            layer: TopKLatents.of(self.saes[layer], stream)
+            layer: TopKLatents.of(self.saes[layer], stream).kept()
             for layer, stream in self.tail.run(residual, everywhere, start=self.source_layer)
         }
         return CleanCell(cell, kept_on_host(residual[0]), source, targets)

@@ -12,8 +12,10 @@ TF32_DROPPED_BITS = 13  # of float32's 23 bits of mantissa
 def rounded_to_tf32(x: Tensor) -> Tensor:
     """Round float32 values to tf32's 10 bits of mantissa, ties to even: what a tensor core sees of them."""
     bits = x.view(torch.int32)
-    to_even = ((bits >> TF32_DROPPED_BITS) & 1) + ((1 << (TF32_DROPPED_BITS - 1)) - 1)
-    return (((bits + to_even) >> TF32_DROPPED_BITS) << TF32_DROPPED_BITS).view(torch.float32)
+    rounded = (bits >> TF32_DROPPED_BITS).bitwise_and_(1).add_((1 << (TF32_DROPPED_BITS - 1)) - 1).add_(bits)
+    rounded = rounded.bitwise_right_shift_(TF32_DROPPED_BITS).bitwise_left_shift_(TF32_DROPPED_BITS)
+    # a NaN may have all bits set, and would come out as 0: a model that overflows must not go unnoticed
+    return rounded.view(torch.float32).masked_fill_(x.isnan(), torch.nan)
 
 
 @contextmanager
