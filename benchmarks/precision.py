@@ -9,7 +9,6 @@ emulated where the device has none for a mode: tf32 by rounding the factors of t
 """
 
 import argparse
-import copy
 import sys
 import time
 from collections.abc import Sequence
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"| precision | Jaccard overlap of edges | at {layers} | largest abs delta d | median | seconds |")
     print("|---|---|---|---|---|---|")
     for mode in args.modes:
-        bench = Bench(study.model, copy.copy(study.saes), SOURCE_LAYER, precision=mode)
+        bench = Bench(study.model, study.saes, SOURCE_LAYER, precision=mode)
         seconds, found = traced(bench, study, features)
         print(f"| {mode} | {row(reference, found, bench)} | {seconds:.0f} |", flush=True)
     return 0
@@ -90,7 +89,8 @@ def row(reference: Sequence[EffectStatistics], found: Sequence[EffectStatistics]
     there, here = (np.stack([of_one.is_edge for of_one in run]) for run in (reference, found))
     change = np.abs(np.stack([a.d - b.d for a, b in zip(reference, found, strict=True)]))[there | here]
     per_layer = " / ".join(f"{jaccard(there[:, c], here[:, c]):.4f}" for c in bench.columns.values())
-    return f"{jaccard(there, here):.4f} | {per_layer} | {change.max():.2g} | {np.median(change):.1g}"
+    largest, median = (change.max(), np.median(change)) if len(change) else (0.0, 0.0)
+    return f"{jaccard(there, here):.4f} | {per_layer} | {largest:.2g} | {median:.1g}"
 
 
 def jaccard(one: np.ndarray, other: np.ndarray) -> float:

@@ -28,7 +28,7 @@ from sae_model import TopKSAE  # noqa: E402
 
 SOURCE_LAYER, TARGETS = 5, (6, 11, 17)
 BLOCK_SIZE = 16
-DEFAULTS = {"demo": (64, 4, 5), "paper": (4, 1, 3)}  # features, cells, rounds
+DEFAULTS = {"demo": (64, 4, 5), "paper": (16, 1, 1)}  # features, cells, rounds
 
 
 def build_parser() -> argparse.ArgumentParser:

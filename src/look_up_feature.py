@@ -18,6 +18,7 @@ from cellcircuits.catalog import display_name
 from cellcircuits.errors import UserError
 from cellcircuits.graph_store import read_edges, read_features
 from cellcircuits.results import open_folder, quantity_note
+from cellcircuits.trace_layers import holds_layers
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def look_up(args: argparse.Namespace) -> int:
     """Print what the trace in `args.out_dir` says about one feature."""
+    if holds_layers(args.out_dir):
+        raise UserError(f"{args.out_dir}: holds a trace of several layers; name the folder of one of them (--out-dir).")
     features = read_features(args.out_dir)
     edges = read_edges(args.out_dir)
     layer = _source_layer(features) if args.layer is None else args.layer

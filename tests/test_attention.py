@@ -45,6 +45,8 @@ def test_both_ways_are_taken(monkeypatch: pytest.MonkeyPatch):
     for n_pos, d_model, dtype in ((512, 32, torch.float32), (511, 32, torch.float32), (512, 31, torch.float32)):
         attend(*torch.zeros(3, 1, n_pos, d_model, dtype=dtype), n_heads=1)
     attend(*torch.zeros(3, 1, 512, 32, dtype=torch.float64), n_heads=1)
+    few, many = torch.zeros(1, 511, 32), torch.zeros(1, 512, 32)
+    attend(few, many, many, n_heads=1)
     assert taken == ([1] if torch.backends.mkldnn.is_available() else [])
 
 

@@ -83,6 +83,13 @@ class TestWhoIsAlive:
             assert claim.path.name == "block_00016.claim.1"
         assert names(target) == []
 
+    @pytest.mark.parametrize("age", [claims.EXPIRE_SECONDS + 60, -1e7], ids=["expired", "in the future"])
+    def test_elsewhere_a_time_far_from_now_is_no_sign_of_life(self, target: Path, age: float):
+        """A server's clock was set back, or the folder was copied."""
+        leave(target, 0, by(ELSEWHERE), age=age)
+        with claimed(target) as claim:
+            assert claim.path.name == "block_00016.claim.1"
+
     @pytest.mark.parametrize(
         "content",
         [by(ELSEWHERE), by(HERE, is_locked=False), b"", b"{", b"\xff\xfe", b"[]", b"7", {}],

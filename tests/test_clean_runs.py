@@ -1,6 +1,7 @@
 """Clean runs: carried on from layer to layer they are what a full pass gives, once per cell, in bounded memory."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from transformers import BertForMaskedLM
 from cellcircuits import clean_runs, effects
 from cellcircuits.cells import Cell
 from cellcircuits.clean_runs import CleanRuns, n_bytes
-from cellcircuits.effects import Bench, CleanCell
+from cellcircuits.device import kept_on_host
+from cellcircuits.effects import Bench, CleanCell, ablation_effect
 from cellcircuits.errors import UserError
 from cellcircuits.tail import Tail
 from conftest import random_model, random_sae
@@ -87,6 +89,15 @@ def test_each_layer_is_what_a_full_pass_gives(model, saes, sources, targets, spe
                 np.testing.assert_allclose(latents.values, values.numpy(), rtol=0, atol=1e-10)
 
 
+def test_effects_are_those_of_a_layer_traced_alone(model, saes, cells):
+    of_layers = benches(model, saes, (1, 2, 4), (2, 4, 5))
+    for bench, made in zip(of_layers, in_turn(of_layers, cells), strict=True):
+        features = np.unique(made[1].source.features)[:4].tolist()
+        for feature, found in zip(features, bench.effects(made[1], features), strict=True):
+            for layer, expected in ablation_effect(bench, cells[1], feature).items():
+                np.testing.assert_allclose(found[bench.columns[layer]], expected, rtol=0, atol=1e-10)
+
+
 def test_one_pass_per_cell_and_one_stream_kept(model, saes, cells, n_passes):
     first, second, third = benches(model, saes, (1, 2, 4), (2, 4, 5))
     runs = CleanRuns(first, cells)
@@ -145,6 +156,33 @@ def test_bytes_are_counted(model, saes, cells):
     clean = bench.clean(cells[1])
     n_pos, n_gene, k = 30, 28, (saes[1].k, saes[4].k, saes[5].k)
     assert n_bytes(clean) == n_pos * 24 * 8 + n_gene * sum(k) * (8 + 4)
+
+
+class TestKeptOnHost:
+    @pytest.mark.parametrize("shape", [(), (0, 4), (1,), (3, 5), (2, 700, 9)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32])
+    def test_is_a_copy(self, shape: tuple[int, ...], dtype: torch.dtype):
+        tensor = (100 * torch.randn(shape)).to(dtype)
+        kept, before = kept_on_host(tensor), tensor.clone()
+        assert kept.dtype == dtype and torch.equal(kept, before)
+        tensor += 1
+        assert torch.equal(kept, before)
+
+    def test_of_a_view_is_its_own_size(self):
+        whole = torch.arange(60.0).reshape(3, 4, 5)
+        for view in (whole[1], whole.transpose(0, 2), whole[:, 1:3, ::2]):
+            kept = kept_on_host(view)
+            assert torch.equal(kept, view) and kept.is_contiguous()
+            assert kept.untyped_storage().nbytes() == view.numel() * 4
+
+    @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists a process' maps")
+    def test_many_do_not_use_up_the_maps_that_a_process_may_have(self):
+        def n_maps() -> int:
+            return len(Path("/proc/self/maps").read_text().splitlines())
+
+        before, tensor = n_maps(), torch.randn(2000)
+        kept = [kept_on_host(tensor) for _ in range(200)]
+        assert n_maps() - before < 50 and torch.equal(kept[-1], tensor)
 
 
 def test_a_quarter_of_the_machine_is_the_limit(model, saes, cells, monkeypatch: pytest.MonkeyPatch):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import BertForMaskedLM
+from transformers.activations import ACT2FN
 
 import reference
 from cellcircuits.cells import Cell
@@ -34,9 +35,11 @@ class Setup:
     n_features: int = 32
     k: int = 4
     n_traced: int = 8
+    activation: str = "relu"
 
     def model(self) -> BertForMaskedLM:
-        return random_model(self.seed, n_layers=self.n_layers, d_model=self.d_model, n_heads=self.n_heads)
+        model = random_model(self.seed, n_layers=self.n_layers, d_model=self.d_model, n_heads=self.n_heads)
+        return with_activation(model, self.activation)
 
     def saes(self) -> dict[int, TopKSAE]:
         """SAEs of different n_features and k per layer."""
@@ -65,6 +68,13 @@ def random_cells(seed: int, lengths: Sequence[int], specials: bool = True, n_voc
             tokens = np.array([3, 2, *tokens[~np.isin(tokens, (2, 3))]])[:length]
         cells.append(Cell(f"cell{i}", i, tokens.astype(np.int64), positions.astype(np.int64)))
     return cells
+
+
+def with_activation(model: BertForMaskedLM, name: str) -> BertForMaskedLM:
+    """The model with another activation in its blocks."""
+    for block in encoder_blocks(model):
+        block.intermediate.intermediate_act_fn = ACT2FN[name]
+    return model
 
 
 @dataclass
@@ -105,9 +115,11 @@ SETUPS = {
     "right_after_and_far": Setup(1, 1, (2, 3), (18, 25, 3, 31, 12, 22, 9, 16, 27, 20)),
     "source_0_every_layer": Setup(2, 0, (1, 2, 3), (14, 20, 11, 26, 17, 9, 23, 30, 12, 19)),
     "last_layer_only": Setup(3, 1, (4,), (15,) * 10, n_layers=5, d_model=32, n_heads=4, n_features=20, k=2),
-    "no_special_tokens": Setup(4, 1, (2, 4), (10, 3, 17, 24, 8, 12, 21, 15, 13, 18), False, 5, 16, 1, 48, 6),
-    "last_target_before_end": Setup(5, 2, (3, 4), (12, 19, 16, 3, 9, 14, 13, 22, 11, 17), True, 7, 16, 2, 24, 3),
-    "one_block_away": Setup(6, 0, (1,), (11, 13, 3, 20, 3, 18, 15, 12, 9, 14), False, 2, 12, 2, 16, 5),
+    "no_special_tokens": Setup(4, 1, (2, 4), (10, 3, 17, 24, 8, 12, 21, 15, 13, 18), False, 5, 17, 1, 48, 6),
+    "not_relu_and_last_target_before_end": Setup(
+        5, 2, (3, 4), (12, 19, 16, 3, 9, 14, 13, 22, 11, 17), True, 7, 16, 2, 24, 3, activation="gelu"
+    ),
+    "one_block_away": Setup(6, 0, (1,), (11, 13, 3, 20, 3, 18, 15, 12, 9, 14), False, 2, 15, 5, 16, 5),
 }
 
 

@@ -166,6 +166,7 @@ def test_tables_and_summary_are_made_by_one_process_at_a_time(finished: Path, tm
 
 def test_there_is_no_figure_of_all_layers(finished: Path, capsys: pytest.CaptureFixture[str]):
     assert "draw its layer folders" in refusal(capsys, make_figures.main(["--out-dir", str(finished)]))
+    assert "several layers" in refusal(capsys, look_up_feature.main(["1", "--out-dir", str(finished)]))
 
 
 def test_figure_and_look_up_work_on_a_layer_s_folder(finished: Path, tmp_path: Path, capsys):

@@ -281,3 +281,33 @@ class TestMemory:
             "Memory has room for the clean keys and values of 1 of the cells; those of the others are computed again "
             "for every block of features."
         ]
+
+    def test_room_is_counted_for_all_cells_together(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, saes, _ = small()
+        cells = random_cells(4, (9, 9, 9, 9))
+        one_cell = 2 * 2 * 24 * 9 * 4
+        monkeypatch.setattr(same_position, "host_memory", lambda: 2.5 * one_cell / 0.3)
+        passes = self.counted(monkeypatch)
+        bench = SamePositionBench(model, saes, 1)
+        cleans = [bench.clean(cell) for cell in cells]
+        for _ in range(2):
+            for clean in cleans:
+                bench.effects(clean, active_features(clean)[:3])
+        assert len(passes) == 4 + 2
+
+    def test_cells_of_one_name_are_told_apart(self) -> None:
+        model, saes, cells = small()
+        cells = [Cell("the same", 0, cell.tokens, cell.gene_positions) for cell in cells[:2]]
+        together = SamePositionBench(model, saes, 1)
+        for cell in cells:
+            clean, alone = together.clean(cell), SamePositionBench(model, saes, 1)
+            features = active_features(clean)
+            np.testing.assert_array_equal(together.effects(clean, features), alone.effects(clean, features))
+
+    @pytest.mark.parametrize("n_rows", [[1], [600], [512, 1], [100] * 12, [1, 511, 1, 700, 2, 3]])
+    def test_runs_have_a_limit(self, n_rows: list[int]) -> None:
+        batches = list(same_position._batches(n_rows))
+        assert [i for batch in batches for i in batch] == list(range(len(n_rows)))
+        sizes = [sum(n_rows[i] for i in batch) for batch in batches]
+        assert all(size <= 512 or len(batch) == 1 for size, batch in zip(sizes, batches, strict=True))
+        assert all(one + n_rows[later[0]] > 512 for one, later in zip(sizes, batches[1:], strict=False))

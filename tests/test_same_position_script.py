@@ -213,6 +213,14 @@ class TestCheck:
         assert trace(study_template, out_dir, *SAME, "--same-position-check", "2") == 0
         assert len(checks[1]) == 2 and read(out_dir / NAME)["features"] == checks[1]
 
+    def test_a_run_of_a_few_features_keeps_the_sample_of_all(
+        self, study_template: Study, finished: Path, tmp_path: Path, checks: list
+    ):
+        out_dir = shutil.copytree(finished, tmp_path / "out")
+        before = results_of(out_dir)
+        assert trace(study_template, out_dir, *SAME, "--features", "5") == 0
+        assert checks == [] and {**results_of(out_dir), "progress.json": None} == {**before, "progress.json": None}
+
     def test_none_is_made_where_none_is_asked_for(self, study_template: Study, tmp_path: Path, checks: list, capsys):
         assert trace(study_template, tmp_path, *SAME, "--same-position-check", "0") == 0
         assert checks == [] and not (tmp_path / NAME).exists()

@@ -27,7 +27,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, n_heads: int, precision: s
         key: (batch, n_pos, d_model).
         value: (batch, n_pos, d_model).
         n_heads: heads; d_model is a multiple of it.
-        precision: `fp32`, `tf32` or `bf16`, of the products' factors.
+        precision: `fp32`, `tf32` or `bf16`, of queries, keys and values. Where tf32 is the device's own, `tf32` is
+            `fp32` here: the fused kernels have one way with float32 inputs.
 
     Returns:
         (batch, n_rows, d_model), in the precision of `query`.

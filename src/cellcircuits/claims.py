@@ -156,7 +156,8 @@ def _is_alive(path: Path) -> bool:
                 if got_lock is not None:
                     return not got_lock
             touched = os.fstat(stream.fileno()).st_mtime
-        return _file_system_time(path.parent) - touched <= EXPIRE_SECONDS
+        # a time far in the future is no sign of life either: a clock was set back, or the folder was copied
+        return abs(_file_system_time(path.parent) - touched) <= EXPIRE_SECONDS
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ESTALE):  # released meanwhile
             return False

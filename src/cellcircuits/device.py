@@ -65,7 +65,8 @@ def kept_on_host(tensor: torch.Tensor) -> torch.Tensor:
     Long-lived tensors between the engine's short-lived ones would leave holes in the heap, several times their size.
     """
     on_host = tensor.cpu().contiguous().numpy()
-    pages = mmap.mmap(-1, max(1, on_host.nbytes))
+    # the system joins private pages into one map: it allows only so many maps, and shared ones each stay one
+    pages = mmap.mmap(-1, max(1, on_host.nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     copy = np.frombuffer(pages, on_host.dtype, on_host.size).reshape(on_host.shape)
     copy[...] = on_host
     return torch.from_numpy(copy)

@@ -158,7 +158,12 @@ class Bench:
             tail: one that several benches of this model share: it starts at or before the source layer and reads
                 these targets, and none other after the source layer; None makes one.
             precision: of the tail that is made; one of `precision.PRECISIONS`.
+
+        Raises:
+            ValueError: a target is not after the source layer.
         """
+        if targets is not None and min(targets) <= source_layer:
+            raise ValueError(f"target {min(targets)} is not after the source layer {source_layer}")
         self.model, self.saes, self.source_layer = model, saes, source_layer
         self.targets = tuple(sorted(layer for layer in saes if layer > source_layer) if targets is None else targets)
         self.device = model.device

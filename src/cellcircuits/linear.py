@@ -44,15 +44,15 @@ def joined_difference(*linears: nn.Linear) -> LinearMap:
         A map (..., n_in) -> (..., sum of n_out), float32; it holds a copy of the weights.
     """
     weight = torch.cat([linear.weight for linear in linears]).to(torch.float16)  # (n_out, n_in)
-    in_float32 = None if weight.device.type == "cuda" else _product(weight.float(), None, relu=False, precision=FP32)
+    if weight.device.type == "cuda":
+        return lambda e: _of_scaled_rows(e, lambda factor: F.linear(factor, weight).to(e.dtype))
+    in_float32 = _product(weight.float(), None, relu=False, precision=FP32)
+    return lambda e: _of_scaled_rows(e, lambda factor: in_float32(factor.to(e.dtype)))
 
-    def product(e: Tensor) -> Tensor:
-        scale = e.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(e.dtype).tiny)
-        factor = (e / scale).to(torch.float16)
-        y = F.linear(factor, weight).to(e.dtype) if in_float32 is None else in_float32(factor.to(e.dtype))
-        return y.mul_(scale)
 
-    return product
+def _of_scaled_rows(e: Tensor, product: LinearMap) -> Tensor:
+    scale = e.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(e.dtype).tiny)
+    return product((e / scale).to(torch.float16)).mul_(scale)
 
 
 def _product(weight: Tensor, offset: Tensor | None, relu: bool, precision: str) -> LinearMap:

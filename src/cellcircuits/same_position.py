@@ -25,6 +25,7 @@ from cellcircuits.effects import Bench, CleanCell, TopKLatents, mean_change
 from cellcircuits.geneformer import BlockParts, block_parts, edited, residuals
 from cellcircuits.interventions import remove_features
 from cellcircuits.linear import joined_linear
+from cellcircuits.precision import FP32, MIXED
 from cellcircuits.tail import Tail
 from sae_model import TopKSAE
 
@@ -97,7 +98,13 @@ class SamePositionBench(Bench):
         targets: Sequence[int] | None = None,
         tail: Tail | None = None,
     ) -> None:
-        """Bind the model and the SAEs; the arguments are those of `Bench`, the precision is float32 as loaded."""
+        """Bind the model and the SAEs; the arguments are those of `Bench`, the precision is float32 as loaded.
+
+        Raises:
+            ValueError: the tail rounds, which clean keys and values must not be.
+        """
+        if tail is not None and tail.precision not in (FP32, MIXED):
+            raise ValueError(f"same-position effects need a tail that computes in float32, not in {tail.precision}")
         super().__init__(model, saes, source_layer, targets, tail)
         layers = range(source_layer + 1, max(self.targets) + 1)
         self._blocks = {layer: _Block(block_parts(model, layer)) for layer in layers}

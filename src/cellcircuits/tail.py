@@ -7,6 +7,7 @@ positions are measured: the last block computes queries, MLP and norms at those 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from cellcircuits.attention import attend
 from cellcircuits.geneformer import BlockParts, block_parts
 from cellcircuits.linear import LinearMap, joined_difference, joined_linear
-from cellcircuits.precision import FP32, MIXED
+from cellcircuits.precision import FP32, MIXED, PRECISIONS
 
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM
@@ -66,7 +67,12 @@ class Tail:
             targets: layers after `source_layer`.
             precision: one of `precision.PRECISIONS`; `mixed` runs that know the clean stream carry the difference
                 from it in float16, others are `fp32`.
+
+        Raises:
+            ValueError: there is no such precision.
         """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
         self.source_layer = source_layer
         self.targets = frozenset(targets)
         self.last = max(targets)
@@ -75,7 +81,7 @@ class Tail:
         plain = FP32 if precision == MIXED else precision
         self._blocks = {layer: _Block(parts, plain) for layer, parts in every.items()}
         self._difference_blocks = {
-            layer: _DifferenceBlock(parts) for layer, parts in every.items() if precision == MIXED
+            layer: _DifferenceBlock(block) for layer, block in self._blocks.items() if precision == MIXED
         }
         config = model.config
         self._widths = (config.hidden_size, config.intermediate_size, config.num_attention_heads)
@@ -137,14 +143,27 @@ class _Block:
 
     def __init__(self, parts: BlockParts, precision: str = FP32) -> None:
         self.parts, self.precision = parts, precision
-        self.query_key_value = joined_linear(parts.query, parts.key, parts.value, precision=precision)
-        self.key_value = joined_linear(parts.key, parts.value, precision=precision)
-        self.query = joined_linear(parts.query, precision=precision)
         self.attention_output = joined_linear(parts.attention_output, precision=precision)
         self.has_relu = isinstance(parts.activation, torch.nn.ReLU)
         self.intermediate = joined_linear(parts.intermediate, relu=self.has_relu, precision=precision)
         self.output = joined_linear(parts.output, precision=precision)
         self.rows_at_once = max(1, CPU_PIECE_BYTES // (4 * parts.intermediate.out_features))
+
+    # Most blocks never run at some rows only, and the last one only so: each holds the weights that it needs.
+    @cached_property
+    def query_key_value(self) -> LinearMap:
+        """All three attention inputs of a stream, side by side."""
+        return joined_linear(self.parts.query, self.parts.key, self.parts.value, precision=self.precision)
+
+    @cached_property
+    def key_value(self) -> LinearMap:
+        """Keys and values of a stream, side by side."""
+        return joined_linear(self.parts.key, self.parts.value, precision=self.precision)
+
+    @cached_property
+    def query(self) -> LinearMap:
+        """Queries of some rows."""
+        return joined_linear(self.parts.query, precision=self.precision)
 
     def __call__(self, streams: Tensor, rows: Tensor | None = None) -> Tensor:
         """(batch, n_pos, d_model) -> the same, or (batch, n_max, d_model) at `rows` (batch, n_max) only."""
@@ -177,18 +196,19 @@ class _DifferenceBlock:
     difference is taken again.
     """
 
-    def __init__(self, parts: BlockParts) -> None:
-        self.parts = parts
-        maps = {
-            "query_key_value": (parts.query, parts.key, parts.value),
-            "key_value": (parts.key, parts.value),
-            "query": (parts.query,),
-            "attention_output": (parts.attention_output,),
-            "intermediate": (parts.intermediate,),
-            "output": (parts.output,),
+    def __init__(self, exact: _Block) -> None:
+        """Share the float32 maps of `exact`."""
+        self.exact, self.parts = exact, exact.parts
+        parts = exact.parts
+        self.of_difference = {
+            "query_key_value": joined_difference(parts.query, parts.key, parts.value),
+            "key_value": joined_difference(parts.key, parts.value),
+            "query": joined_difference(parts.query),
+            "attention_output": joined_difference(parts.attention_output),
+            "intermediate": joined_difference(parts.intermediate),
+            "output": joined_difference(parts.output),
         }
-        self.of_clean = {name: joined_linear(*linears) for name, linears in maps.items()}
-        self.of_difference = {name: joined_difference(*linears) for name, linears in maps.items()}
+        self.intermediate = joined_linear(parts.intermediate)  # that of `exact` may have the activation in it
 
     def __call__(self, clean: Tensor, differences: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Clean stream (1, n_pos, d_model) and differences (batch, n_pos, d_model) -> both after the block.
@@ -217,7 +237,7 @@ class _DifferenceBlock:
 
     def _both(self, name: str, clean: Tensor, differences: Tensor) -> tuple[Tensor, Tensor]:
         """A linear map of the clean input, and of the whole edited one."""
-        of_clean = self.of_clean[name](clean)
+        of_clean = (self.intermediate if name == "intermediate" else getattr(self.exact, name))(clean)
         return of_clean, of_clean + self.of_difference[name](differences)
 
 

@@ -91,8 +91,9 @@ def trace_same_position(work: LayerWork, total: "Bench", clean: "Sequence[CleanC
     folder = work.folder
     same = SamePositionBench(total.model, total.saes, total.source_layer, total.targets, total.tail)
     if folder.trace(work.features, work.fingerprint, same, clean, batch_size):
-        make_tables(folder.out_dir)  # an interrupted check shall lose nothing else
-        features = sample_features(work.features, folder.n_checked)
+        _, traced, _ = make_tables(folder.out_dir)  # an interrupted check shall lose nothing else
+        # of all that the folder holds: a run that asks for a few of them does not replace the sample by a poorer one
+        features = sample_features([facts["feature_idx"] for facts in traced], folder.n_checked)
         measure = partial(run_check, total, same, clean, features, folder.rule)
         keep_check(folder.out_dir, work.fingerprint, features, len(clean), measure)
 
