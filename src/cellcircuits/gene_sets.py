@@ -11,6 +11,7 @@ from scipy.sparse import csr_array
 from cellcircuits.errors import UserError
 
 MIN_TERM_SIZE, MAX_TERM_SIZE = 5, 500
+MAX_GMT_BYTES = 1 << 28
 _ENSEMBL = re.compile(r"(ENS[A-Z]*G\d+)(\.\d+)?")
 
 
@@ -104,6 +105,8 @@ def resolve(gmt: GmtFile, token_of_name: Mapping[str, int]) -> list[GeneSet]:
 
 def _lines(path: Path) -> list[str]:
     try:
+        if path.stat().st_size > MAX_GMT_BYTES:
+            raise UserError(f"{path}: is too large for a file of gene sets; give those that are to be tested.")
         return path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at form feeds
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig, BertForMaskedLM, PretrainedConfig
+from transformers import BertConfig, BertForMaskedLM
 from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
 from cellcircuits.errors import UserError
+from cellcircuits.jsonio import read_json
+from cellcircuits.model_files import SIZES, model_fields, require_possible_sizes
 
 log = logging.getLogger(__name__)
 Edit = Callable[[Tensor], Tensor]
@@ -53,11 +55,16 @@ def load_model(source: str, subfolder: str | None = None, revision: str | None =
         raise UserError(f"{folder / (subfolder or '')}: no config.json there; --model takes the folder that holds it.")
     where: dict[str, Any] = {"subfolder": subfolder or "", "revision": revision or "main"}
     try:
-        config = AutoConfig.from_pretrained(source, **where)
-        _require_known_architecture(source, config)
+        config = _read_config(source, folder / (subfolder or "") if folder.exists() else None, where)
         with _quiet_transformers():
             model, info = BertForMaskedLM.from_pretrained(
-                source, config=config, dtype=torch.float32, output_loading_info=True, **where
+                source,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                weights_only=True,
+                trust_remote_code=False,
+                **where,
             )
     except UserError:
         raise
@@ -235,16 +242,17 @@ def masked_logits(model: BertForMaskedLM, tokens: Tensor) -> Tensor:
     return model(input_ids=tokens).logits
 
 
-def _require_known_architecture(source: str, config: PretrainedConfig) -> None:
-    expected = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False}
-    for field, value in expected.items():
-        found = getattr(config, field, value)
-        if found != value:
-            raise UserError(f"--model {source}: config.json has {field} = {found!r}; a Geneformer has {value!r}.")
+def _read_config(source: str, folder: Path | None, where: Mapping[str, Any]) -> BertConfig:
+    """The model's settings, none but those that shape a BERT; its weight files are checked against them."""
+    content = read_json(folder / "config.json") if folder else BertConfig.get_config_dict(source, **where)[0]
+    config = BertConfig(**model_fields(source, content))
     if config.hidden_act not in ACT2FN:
         raise UserError(
             f"--model {source}: config.json has hidden_act = {config.hidden_act!r}, which is no activation."
         )
+    require_possible_sizes(source, folder, {name: getattr(config, name) for name in SIZES})
+    config._commit_hash = None if folder else content.get("_commit_hash")
+    return config
 
 
 def _require_all_weights(source: str, info: Mapping[str, Any]) -> None:

@@ -1,30 +1,43 @@
 """Reading single-cell files: tables whole, matrices only at the wanted rows.
 
-The one file that touches h5py and anndata. A 17 GB matrix stays on disk: rows are read in blocks, whatever
-the storage (dense, CSR, CSC). Nothing outside the file itself is opened, whatever its links ask for.
+A 17 GB matrix stays on disk: rows are read in blocks, whatever the storage (dense, CSR, CSC). The HDF5 library runs
+in a process of its own (`h5ad_child`): what a damaged or prepared file does to it ends in one error here.
 """
 
-from collections.abc import Iterator
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from anndata.io import read_elem, sparse_dataset
 
 from cellcircuits.errors import UserError
+from cellcircuits.h5ad_frames import receive, send, texts_of
 
 BLOCK_BYTES = 64 * 2**20  # memory of one block of rows
+FREE_ROOM = 1 << 30  # bytes of memory for reading any file, however small
+ROOM_PER_BYTE = 64  # and more for each of its bytes: text in Python takes ten times its place on disk
+FREE_SECONDS = 8  # of computing, likewise
+BYTES_PER_SECOND = 1 << 20
+_SOURCES = str(Path(__file__).resolve().parents[1])
+# -P and the path: a module that lies in the working directory is never imported
+_PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from cellcircuits.h5ad_child import main; main()"
+# "::" turns off every HDF5 plug-in, which would be code from a folder named by the environment
+_ENVIRONMENT = {"HDF5_PLUGIN_PRELOAD": "::", "HDF5_PLUGIN_PATH": "", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class H5adFile:
     """One open .h5ad file; use it in a `with` statement.
 
-    Matrices are called as on the command line: `X`, `raw` (its own `raw/var` names the genes), `layer:NAME`.
+    Matrices are called as on the command line: `X`, `raw` (its own `raw/var` names the genes), `layer:NAME`;
+    `matrices` names those there are: X, raw, then the layers, those named like counts first.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,17 +52,28 @@ class H5adFile:
         self.path = path
         if not path.is_file():
             raise UserError(f"{path}: no such file.")
+        size, physical = path.stat().st_size, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        self._room = min(physical, FREE_ROOM + ROOM_PER_BYTE * size)
+        self._seconds = FREE_SECONDS + size // BYTES_PER_SECOND
         try:
-            self._file = h5py.File(path, "r")
+            self._reader = subprocess.Popen(
+                [sys.executable, "-P", "-c", _PROGRAM, _SOURCES, str(path), str(self._room), str(self._seconds)],
+                env={**os.environ, **_ENVIRONMENT},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is this process's to answer
+            )
         except OSError as error:
             raise UserError(
-                f"{path}: is not a readable HDF5 file ({error}); give an .h5ad file, and fetch it "
-                "again if it is truncated."
+                f"{path}: the process that reads it cannot be started ({error.strerror}); check {sys.executable} "
+                "and the limit of processes."
             ) from None
         try:
-            self._check_structure()
+            fields, _ = self._answer("the list of contents")
+            self.matrices: tuple[str, ...] = tuple(fields["matrices"])
         except BaseException:
-            self._file.close()
+            self._close()
             raise
 
     def __enter__(self) -> Self:
@@ -63,29 +87,11 @@ class H5adFile:
         trace: TracebackType | None,
     ) -> None:
         """Close the file."""
-        self._file.close()
+        self._close()
 
-    def _check_structure(self) -> None:
-        with _reading(self.path, "the list of contents"):
-            outside = _links_outside(self._file)
-        if outside:
-            raise UserError(
-                f"{self.path}: {outside} points to another file, which is never followed; write the data "
-                "into the file itself."
-            )
-        for part in ("obs", "var"):
-            if part not in self._file:
-                raise UserError(f"{self.path}: has no {part}; it is not an AnnData (.h5ad) file.")
-        if not self.matrices:
-            raise UserError(f"{self.path}: has no X, raw or layers, so there are no counts to read.")
-
-    @property
-    def matrices(self) -> tuple[str, ...]:
-        """Names of the matrices there are: X, raw, then the layers, those named like counts first."""
-        layers = self._file["layers"] if isinstance(self._file.get("layers"), h5py.Group) else {}
-        by_name = sorted(layers, key=lambda name: "count" not in name.lower())
-        names = ["X", "raw", *(f"layer:{name}" for name in by_name)]
-        return tuple(name for name in names if _is_matrix(self._file.get(_key(name))))
+    def _close(self) -> None:
+        self._reader.kill()
+        self._reader.communicate()
 
     def obs(self) -> pd.DataFrame:
         """The table of cells."""
@@ -100,10 +106,15 @@ class H5adFile:
         return "raw/var" if matrix == "raw" else "var"
 
     def _table(self, key: str) -> pd.DataFrame:
-        with _reading(self.path, key):
-            table = read_elem(self._file[key])
-        if not isinstance(table, pd.DataFrame):
-            raise UserError(f"{self.path}: {key} is not a table; the file is damaged or not an AnnData file.")
+        fields, arrays = self._ask(key, {"ask": "table", "key": key})
+        with _sensible(self.path, key):
+            names = [name for name, _ in fields["columns"]]
+            table = pd.DataFrame(
+                {name: _column(column, arrays) for name, column in fields["columns"]},
+                index=_column(fields["index"], arrays),
+                columns=names or None,
+            )
+            table.index.name = fields["index_name"]
         return table
 
     def blocks(self, matrix: str, rows: np.ndarray, shape: tuple[int, int]) -> Iterator[sp.csr_matrix]:
@@ -120,116 +131,76 @@ class H5adFile:
         Raises:
             UserError: damaged, not numeric, or its shape does not belong to the tables.
         """
-        with _reading(self.path, matrix):
-            stored = self._file[_key(matrix)]
-            is_dense = isinstance(stored, h5py.Dataset)
-            source = stored if is_dense else sparse_dataset(stored)
-            dtype = stored.dtype if is_dense else stored["data"].dtype
-            starts = None if is_dense else stored["indptr"]
-            found_shape = tuple(source.shape)
-        if found_shape != shape:
-            raise UserError(
-                f"{self.path}: {matrix} has shape {found_shape}, but its tables describe "
-                f"{shape[0]} cells and {shape[1]} genes; the file is damaged."
-            )
-        if dtype.kind not in "biuf":
-            raise UserError(f"{self.path}: {matrix} holds no numbers (type {dtype}).")
-        with _reading(self.path, matrix):
-            if starts is None:
-                raw_blocks = _dense_blocks(source, rows)
-            else:
-                raw_blocks = (_csr_blocks if source.format == "csr" else _csc_blocks)(source, rows, starts)
-            for block in raw_blocks:
-                yield _canonical(block)
+        request = {"ask": "blocks", "matrix": matrix, "shape": list(map(int, shape)), "block_bytes": BLOCK_BYTES}
+        fields, arrays = self._ask(matrix, request, [np.asarray(rows, dtype=np.int64)])
+        while "end" not in fields:
+            with _sensible(self.path, matrix):
+                values, places, columns = arrays
+                block = sp.coo_matrix((values, (places, columns)), (fields["n_rows"], shape[1])).tocsr()
+                block.eliminate_zeros()
+            yield block
+            fields, arrays = self._ask(matrix, {"ask": "next"})
 
+    def _ask(
+        self, part: str, request: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()
+    ) -> tuple[dict[str, Any], list[np.ndarray]]:
+        try:
+            send(self._reader.stdin, request, arrays)
+        except BrokenPipeError:
+            raise UserError(self._ended(part)) from None
+        return self._answer(part)
 
-def _key(matrix: str) -> str:
-    if matrix == "raw":
-        return "raw/X"
-    return "layers/" + matrix.removeprefix("layer:") if matrix.startswith("layer:") else matrix
+    def _answer(self, part: str) -> tuple[dict[str, Any], list[np.ndarray]]:
+        try:
+            fields, arrays = receive(self._reader.stdout, self._room)
+        except EOFError:
+            raise UserError(self._ended(part)) from None
+        except ValueError as error:
+            raise UserError(f"{self.path}: {part} cannot be read ({error}); the file is damaged.") from None
+        if "error" in fields:
+            raise UserError(fields["error"])
+        return fields, arrays
 
-
-def _is_matrix(item: Any) -> bool:
-    if isinstance(item, h5py.Dataset):
-        return len(item.shape or ()) == 2
-    if not isinstance(item, h5py.Group):
-        return False
-    kind = item.attrs.get("encoding-type", item.attrs.get("h5sparse_format", ""))
-    return (kind.decode() if isinstance(kind, bytes) else str(kind)).removesuffix("_matrix") in ("csr", "csc")
-
-
-def _links_outside(file: h5py.File) -> str | None:
-    """Name of the first object whose content lies in another file, None where there is none."""
-
-    def outside(name: str, link: Any) -> str | None:
-        if isinstance(link, h5py.ExternalLink):
-            return name
-        item = file.get(name) if isinstance(link, h5py.HardLink) else None
-        stored_outside = isinstance(item, h5py.Dataset) and (item.external or item.is_virtual)
-        return name if stored_outside else None
-
-    return file.visititems_links(outside)
+    def _ended(self, part: str) -> str:
+        """What to say when the reading process is gone."""
+        status = self._reader.wait()
+        if status == -signal.SIGXCPU:
+            how = f"took more than {self._seconds} seconds of computing"
+        else:
+            how = f"ended with {signal.Signals(-status).name if status < 0 else f'status {status}'}"
+        return (
+            f"{self.path}: {part} cannot be read: the process that reads it {how}; the file is damaged, or the memory "
+            "is too small. Fetch the file again."
+        )
 
 
 @contextmanager
-def _reading(path: Path, part: str) -> Iterator[None]:
-    """Turn what h5py and anndata raise on damaged content into one sentence."""
+def _sensible(path: Path, part: str) -> Iterator[None]:
+    """Turn what pandas and SciPy raise on content that makes no sense into one sentence."""
     try:
         yield
-    except UserError:
-        raise
-    except Exception as error:  # anndata raises its own types, which are not public, and h5py almost any
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path}: {part} cannot be read ({reason}); the file is damaged, truncated or not an AnnData (.h5ad) file."
+            f"{path}: {part} cannot be read ({reason:.300}); the file is damaged, truncated or not an AnnData (.h5ad) "
+            "file."
         ) from error
 
 
-def _dense_blocks(stored: h5py.Dataset, rows: np.ndarray) -> Iterator[sp.csr_matrix]:
-    row_bytes = max(1, stored.shape[1] * 8)
-    for part in _parts(rows, max(1, BLOCK_BYTES // row_bytes)):
-        yield sp.csr_matrix(stored[part].astype(np.float64))
-
-
-def _csr_blocks(source: Any, rows: np.ndarray, row_starts: h5py.Dataset) -> Iterator[sp.csr_matrix]:
-    n_stored = np.diff(row_starts[:])[rows]
-    largest = max(1, int(n_stored.max(initial=0)))
-    for part in _parts(rows, max(1, BLOCK_BYTES // (largest * 16))):
-        yield source[part]
-
-
-def _csc_blocks(source: Any, rows: np.ndarray, column_starts: h5py.Dataset) -> Iterator[sp.csr_matrix]:
-    """Rows of a matrix stored by column: columns are read in groups, and the wanted rows kept of each."""
-    starts = column_starts[:]
-    n_columns = source.shape[1]
-    kept, first = [], 0
-    while first < n_columns:
-        budget = starts[first] + BLOCK_BYTES // 16
-        last = max(first + 1, int(np.searchsorted(starts, budget, side="right")) - 1)
-        columns = source[:, first:last]
-        _check_indices(columns)
-        kept.append(columns[rows])
-        first = last
-    yield sp.hstack(kept, format="csr") if kept else sp.csr_matrix((len(rows), 0))
-
-
-def _parts(rows: np.ndarray, n_rows: int) -> Iterator[np.ndarray]:
-    for first in range(0, len(rows), n_rows):
-        yield rows[first : first + n_rows]
-
-
-def _check_indices(block: Any) -> None:
-    # scipy trusts stored indices; a damaged one would read or write outside the array.
-    bound = block.shape[1] if block.format == "csr" else block.shape[0]
-    if block.indices.size and not 0 <= block.indices.min() <= block.indices.max() < bound:
-        raise ValueError("an index lies outside the matrix")
-    if (np.diff(block.indptr) < 0).any():
-        raise ValueError("row starts are not ascending")
-
-
-def _canonical(block: Any) -> sp.csr_matrix:
-    _check_indices(block)
-    matrix = sp.csr_matrix(block, dtype=np.float64)
-    matrix.sum_duplicates()
-    matrix.eliminate_zeros()
-    return matrix
+def _column(column: Mapping[str, Any], arrays: Sequence[np.ndarray]) -> Any:
+    """One column of a table, of the type that AnnData gives it."""
+    if column["kind"] == "categorical":
+        categories = pd.Index(_column(column["categories"], arrays))
+        return pd.Categorical.from_codes(arrays[column["codes"]], categories, ordered=column["ordered"])
+    array = arrays[column["array"]]
+    missing = arrays[column["missing"]] if "missing" in column else None
+    if column["kind"] == "text":
+        texts = np.array(texts_of(array), dtype=object)
+        if missing is None:
+            return texts
+        texts[missing] = pd.NA
+        return pd.array(texts, dtype="string")
+    if missing is None:
+        return array
+    kind = pd.arrays.BooleanArray if array.dtype.kind == "b" else pd.arrays.IntegerArray
+    return kind(array, mask=missing)

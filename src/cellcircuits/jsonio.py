@@ -10,6 +10,9 @@ from typing import IO, Any
 
 from cellcircuits.errors import UserError
 
+MAX_JSON_BYTES = 1 << 30
+MAX_JSON_DEPTH = 100  # what is nested deeper could not be printed in an error or copied
+
 
 def read_json(path: Path) -> Any:
     """Read one JSON file.
@@ -17,16 +20,31 @@ def read_json(path: Path) -> Any:
     `Infinity` and `NaN` tokens, which older releases wrote, are admitted.
 
     Raises:
-        UserError: the file is missing, unreadable, not UTF-8 or not JSON.
+        UserError: the file is missing, unreadable, not UTF-8, not JSON, too large or too deeply nested.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path}: is too large a file for JSON; restore or remove the file.")
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); restore or remove the file.") from None
+    if _is_deeper_than(MAX_JSON_DEPTH, content):
+        raise UserError(f"{path}: is nested deeper than {MAX_JSON_DEPTH} levels; restore or remove the file.")
+    return content
+
+
+def _is_deeper_than(limit: int, content: Any) -> bool:
+    level = [content]
+    for _ in range(limit):
+        parts = (item.values() if type(item) is dict else item for item in level if type(item) in (dict, list))
+        level = [part for several in parts for part in several if type(part) in (dict, list)]
+        if not level:
+            return False
+    return True
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,7 +1,8 @@
 """Reading tensors that come from strangers: nothing of theirs is ever run."""
 
 import hashlib
-import pickle
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,16 @@ import numpy as np
 import torch
 
 from cellcircuits.errors import UserError
+from cellcircuits.pickle_check import CHECKPOINT, require_harmless
 
+MAX_PICKLE_BYTES = 1 << 22
+MAX_REUSED_CONTAINERS = 20
+_ZIP = b"PK\x03\x04"
+_TENSOR_GLOBALS = re.compile(
+    r"torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict|torch Size"
+    r"|torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
+    r"|torch (b?float|u?int)\d+|torch bool"
+)
 _PLAIN = (str, int, float, bool, type(None), torch.Tensor)
 
 
@@ -21,32 +31,89 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
+    require_sound_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path}: refused, it is damaged or holds objects other than tensors and plain values, which could "
-            "run code; save it again as a dict of tensors and numbers."
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable PyTorch checkpoint ({reason}); copy it again.") from None
+    except Exception as error:  # damaged bytes make torch raise almost anything
+        raise UserError(f"{path}: not a readable PyTorch checkpoint ({_first_line(error)}); copy it again.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected a dict with `model_state_dict`.")
     _require_plain(path, content)
     return content
 
 
+def require_sound_archive(path: Path) -> None:
+    """Check what a file of `torch.save` claims before torch reads it.
+
+    Its storages must lie in it uncompressed, so that they take the memory that the file has; its pickle may ask for
+    tensors and plain values only, and must stand for about as much as it writes down.
+
+    Raises:
+        UserError: damaged, refused, or written before PyTorch 1.6.
+    """
+    try:
+        with path.open("rb") as stream:
+            if stream.read(len(_ZIP)) != _ZIP:
+                raise UserError(
+                    f"{path}: not a readable PyTorch checkpoint; copy it, or save it with PyTorch 1.6 or newer."
+                )
+            with zipfile.ZipFile(stream) as archive:
+                pickled = _pickle_of(path, archive)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+    except Exception as error:  # damaged bytes make zipfile raise almost anything
+        raise UserError(f"{path}: not a readable PyTorch checkpoint ({_first_line(error)}); copy it again.") from None
+    names = require_harmless(pickled, str(path), CHECKPOINT, (), MAX_REUSED_CONTAINERS)
+    foreign = sorted(name for name in names if not _TENSOR_GLOBALS.fullmatch(name))
+    if foreign:
+        raise UserError(
+            f"{path}: refused, it is damaged or holds objects other than tensors and plain values, which could "
+            f"run code ({foreign[0]:.80}); save it again as a dict of tensors and numbers."
+        )
+
+
+def _pickle_of(path: Path, archive: zipfile.ZipFile) -> bytes:
+    entries = archive.infolist()
+    names = [entry.filename for entry in entries]
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if packed or sum(entry.file_size for entry in entries) > path.stat().st_size or len(set(names)) < len(names):
+        raise UserError(f"{path}: refused, its parts are packed or lie over each other; save it again with torch.save.")
+    pickles = [entry for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
+    if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
+        raise UserError(f"{path}: not a readable PyTorch checkpoint (no data.pkl, or too large a one); copy it again.")
+    return archive.read(pickles[0])
+
+
 def _require_plain(path: Path, content: Any) -> None:
-    if isinstance(content, dict):
-        for key, value in content.items():
-            _require_plain(path, key)
-            _require_plain(path, value)
-    elif isinstance(content, list | tuple):
-        for value in content:
-            _require_plain(path, value)
-    elif not isinstance(content, _PLAIN):
-        raise UserError(f"{path}: refused, it carries a {type(content).__name__}; only tensors and plain values may.")
+    """Refuse anything but containers, plain values and tensors whose values are all there."""
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            waiting += value
+        elif not isinstance(value, _PLAIN):
+            raise UserError(f"{path}: refused, it carries a {type(value).__name__}; only tensors and plain values may.")
+        elif isinstance(value, torch.Tensor):
+            _require_stored(path, value)
+
+
+def _require_stored(path: Path, tensor: torch.Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise UserError(f"{path}: refused, it carries a tensor that is not a plain one.")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        # strides of 0 let one number stand for any number of them
+        raise UserError(f"{path}: refused, a tensor of shape {tuple(tensor.shape)} has fewer values than that.")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{(str(error).splitlines() or [type(error).__name__])[0]:.200}"
 
 
 def load_vector(path: Path, length: int) -> np.ndarray:
@@ -72,12 +139,14 @@ def open_array(path: Path) -> np.ndarray:
         UserError: no such file, or not an array of numbers.
     """
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")  # np.load would also take archives and pickles
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npy array ({error}).") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+    except Exception as error:  # a damaged header makes NumPy's parser raise almost anything
+        raise UserError(f"{path}: not a readable .npy array ({_first_line(error)}).") from None
+    if array.nbytes > path.stat().st_size:
+        raise UserError(f"{path}: not a readable .npy array (it claims more values than it holds).")
+    if array.dtype.kind not in "fiu":
         raise UserError(f"{path}: does not hold an array of numbers.")
     return array
 

@@ -19,6 +19,7 @@ import torch
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import write_atomically
 from cellcircuits.loading import file_sha256, load_checkpoint, load_vector, open_array
+from cellcircuits.pickle_check import shown
 from sae_model import STATE_KEYS, TopKSAE
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,8 @@ def _checked_state(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, to
         raise UserError(f"{path}: model_state_dict must hold exactly {', '.join(STATE_KEYS)}.")
     sizes = (content["d_model"], content["n_features"], content["k"])
     if not all(type(size) is int and size > 0 for size in sizes) or sizes[2] > sizes[1]:
-        raise UserError(f"{path}: d_model, n_features, k = {sizes} are not possible sizes.")
+        named = ", ".join(map(shown, sizes))
+        raise UserError(f"{path}: d_model, n_features, k = {named} are not possible sizes.")
     d_model, n_features, _ = sizes
     shapes = ((n_features, d_model), (n_features,), (d_model, n_features), (d_model,))
     for key, shape in zip(STATE_KEYS, shapes, strict=True):

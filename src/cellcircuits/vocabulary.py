@@ -5,8 +5,8 @@ containers, numbers and strings, and nothing else, so a prepared file cannot run
 """
 
 import io
-import math
 import pickle
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from cellcircuits.errors import UserError
+from cellcircuits.pickle_check import DICTIONARY, require_harmless, shown
 
 SUBFOLDERS = ("", "geneformer", "gene_dictionaries_30m", "geneformer/gene_dictionaries_30m")
 MAX_FILE_BYTES = 100_000_000
@@ -106,7 +107,7 @@ def read_token_dictionary(path: Path) -> dict[str, int]:
     content = _read_dictionary(path)
     for key, token in content.items():
         if type(token) is not int or not 0 <= token <= MAX_TOKEN:
-            raise UserError(f"{path}: the token of {key!r} is {token!r:.80}, not a non-negative integer.")
+            raise UserError(f"{path}: the token of {key!r:.80} is {shown(token)}, not a non-negative integer.")
     if len(set(content.values())) != len(content):
         raise UserError(f"{path}: several genes share one token; the file is not a token dictionary.")
     if all(_is_special(key) for key in content):
@@ -122,8 +123,8 @@ def read_median_dictionary(path: Path) -> dict[str, float]:
     """
     content = _read_dictionary(path)
     for key, median in content.items():
-        if type(median) not in (int, float) or not math.isfinite(median) or median <= 0:
-            raise UserError(f"{path}: the median of {key!r} is {median!r:.80}, not a finite positive number.")
+        if type(median) not in (int, float) or not 0 < median <= sys.float_info.max:  # an integer may be larger
+            raise UserError(f"{path}: the median of {key!r:.80} is {shown(median)}, not a finite positive number.")
     return {key: float(median) for key, median in content.items()}
 
 
@@ -136,7 +137,7 @@ def read_name_dictionary(path: Path) -> dict[str, str]:
     content = _read_dictionary(path)
     for key, ensembl in content.items():
         if type(ensembl) is not str:
-            raise UserError(f"{path}: the gene id of {key!r} is {ensembl!r:.80}, not a string.")
+            raise UserError(f"{path}: the gene id of {key!r:.80} is {shown(ensembl)}, not a string.")
     return content
 
 
@@ -198,6 +199,10 @@ def _read_dictionary(path: Path) -> dict[str, Any]:
     content = _unpickle(path)
     if type(content) is not dict or not all(type(key) is str for key in content):
         raise UserError(f"{path}: is not a dictionary with strings as keys.")
+    try:
+        "".join([*content, *(value for value in content.values() if type(value) is str)]).encode()
+    except UnicodeEncodeError:  # lone surrogates, which no result file could hold
+        raise UserError(f"{path}: holds text that is no Unicode; fetch it again.") from None
     if not 0 < len(content) <= MAX_ENTRIES:
         raise UserError(f"{path}: holds {len(content)} entries; expected 1 to {MAX_ENTRIES}.")
     return content
@@ -212,11 +217,12 @@ def _unpickle(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
     try:
+        require_harmless(raw, str(path), DICTIONARY, ("REDUCE", "BUILD"), max_reused=0)
         return _PlainUnpickler(io.BytesIO(raw), path).load()
     except UserError:
         raise
     except Exception as error:  # damaged bytes make an unpickler raise almost any exception
-        raise UserError(f"{path}: is damaged or not a pickle ({error}); fetch it again.") from None
+        raise UserError(f"{path}: is damaged or not a pickle ({error!s:.200}); fetch it again.") from None
 
 
 class _PlainUnpickler(pickle.Unpickler):
