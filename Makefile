@@ -40,6 +40,7 @@ demo: $(VENV)/ready
 	@echo "1. Every feature of layer 5, one at a time"
 	$(RUN)/exhaustive_feature_tracing.py $(DEMO_INPUTS) $(DEMO_CELLS) --out-dir $(OUT)/exhaustive_tracing
 	$(RUN)/make_figures.py --out-dir $(OUT)/exhaustive_tracing
+	$(RUN)/analyse_graph.py --trace-dir $(OUT)/exhaustive_tracing --p-precision 0.05
 	@echo "2. Annotated features of three layers, then pairs of them, then triplets"
 	$(RUN)/selective_feature_tracing.py $(DEMO_INPUTS) $(DEMO_CELLS) --out-dir $(OUT)/selective_tracing
 	$(RUN)/higher_order_ablation.py --order 2 --selective-dir $(OUT)/selective_tracing --features-per-layer 2 \
