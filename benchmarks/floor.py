@@ -10,6 +10,7 @@ from common import synchronize
 from torch import Tensor
 from transformers import BertForMaskedLM, PretrainedConfig
 
+from cellcircuits.flops import ModelShape, tail_flops
 from cellcircuits.geneformer import block_parts
 from cellcircuits.linear import joined_linear
 from cellcircuits.precision import BF16, MIXED
@@ -30,10 +31,8 @@ def floor_flops(config: PretrainedConfig, blocks: range, n_pos: int, n_active: f
         n_pos: tokens of the cell.
         n_active: positions where the feature is active.
     """
-    d_model, d_ff = config.hidden_size, config.intermediate_size
-    key_value = 2 * n_pos * 2 * d_model**2
-    per_position = 2 * (2 * d_model**2 + 2 * d_model * d_ff) + 4 * n_pos * d_model
-    return (len(blocks) - 1) * (key_value + n_pos * per_position) + key_value + n_active * per_position
+    shape = ModelShape(config.hidden_size, config.intermediate_size, n_vocab=0)  # the head takes no part
+    return tail_flops(shape, len(blocks), n_pos, n_active)
 
 
 class GemmClock:

@@ -147,7 +147,7 @@ def make_saes(layout: Layout) -> dict[str, Any]:
         raise UserError("src/prepare_inputs.py failed; its message stands above. Mend that, then: --steps saes")
     shutil.rmtree(layout.folder / "sae_models", ignore_errors=True)
     (fresh / "sae_models").replace(layout.folder / "sae_models")
-    fresh.rmdir()
+    shutil.rmtree(fresh)
     results = [read_json(path) for path in sorted((layout.folder / "sae_models").glob("*/results.json"))]
     return {
         f"L{result['layer']}": {key: value for key, value in result["quality"].items() if key != "definitions"}

@@ -15,20 +15,22 @@ then says how well that stands for the total effect.
 
 import argparse
 import logging
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cellcircuits import cli, results
+from cellcircuits import cli, cli_check, results
 from cellcircuits.catalog import MIN_ACTIVATION_FREQ, FeatureInfo
 from cellcircuits.cells import CellSelection
 from cellcircuits.errors import UserError
+from cellcircuits.files import read_bounded
+from cellcircuits.input_counts import left_out_lines
 from cellcircuits.same_position_record import check_line
 from cellcircuits.stats import EdgeRule
 from cellcircuits.trace_flags import (
     add_edge_flags,
+    add_precision_flag,
     add_sae_run_flag,
     add_same_position_flags,
     catalog_command,
@@ -41,6 +43,9 @@ from cellcircuits.trace_layers import (
     layer_folder,
     layer_folders,
     layers_report_lines,
+    require_no_layers,
+    require_parent,
+    require_same_run,
     summarise_layers,
     trace_layers,
     trace_one_layer,
@@ -50,6 +55,8 @@ if TYPE_CHECKING:
     from cellcircuits.inputs import LayerSAE
 
 log = logging.getLogger(__name__)
+MAX_LIST_BYTES = 1 << 24
+MAX_DIGITS = 9
 GO_ON = "everything finished is kept; run the same command again to go on."
 
 
@@ -94,16 +101,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="only these features of each source layer, e.g. 898,1762, or a file with one index per line",
     )
     add_edge_flags(group)
+    add_precision_flag(group)
     add_same_position_flags(group)
     cli.add_out_dir_flag(group, "where results go")
+    cli.add_mix_versions_flag(group)
+    cli_check.add_check_flag(group, "trace")
     group.add_argument("--analysis-only", action="store_true", help="summarise what the folder holds, trace nothing")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    args = build_parser().parse_args(argv)
-    return cli.run_script(lambda: report(args.out_dir) if args.analysis_only else run(args), GO_ON)
+    args = cli_check.parse(build_parser(), argv)
+    return cli.run_script(lambda: report(args.out_dir) if cli_check.wants_report(args) else run(args), GO_ON)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -131,18 +141,38 @@ def run(args: argparse.Namespace) -> int:
     def folder(out_dir: Path, source: int) -> TraceFolder:
         saes = {layer: layers[layer] for layer in (source, *targets[source])}
         return TraceFolder(
-            out_dir, source, saes, opened, rule, args.tokenization, args.precision, args.same_position, n_both_ways
-        )
+            out_dir, source, saes, opened, rule, args.tokenization, args.precision, args.same_position, n_both_ways,
+            args.mix_versions,
+        )  # fmt: skip
 
     if several_layers(args):
         folders = [folder(layer_folder(args.out_dir, source), source) for source in targets]
+    else:
+        folders = [folder(args.out_dir, *targets)]
+    if args.check:
+        return check(args, folders, features, time.perf_counter() - started)
+    if several_layers(args):
         trace_layers(args.out_dir, folders, features, args.batch_size)
     else:
-        (source,) = targets
-        trace_one_layer(folder(args.out_dir, source), features[source], args.batch_size)
+        trace_one_layer(*folders, features[folders[0].source_layer], args.batch_size)
     report(args.out_dir)
     print(f"Results: {args.out_dir} ({time.perf_counter() - started:.0f} s)")
     return 0
+
+
+def check(
+    args: argparse.Namespace, folders: Sequence[TraceFolder], features: Mapping[int, Sequence[int]], seconds: float
+) -> int:
+    """Say what the run would do; `seconds` is what opening its inputs took; returns the exit status."""
+    from cellcircuits.plan_report import show
+    from cellcircuits.trace_plan import check_traces
+
+    if several_layers(args):
+        require_parent(args.out_dir)
+        require_same_run(layer_folders(args.out_dir).values(), folders[0].settings())
+    else:
+        require_no_layers(args.out_dir)
+    return show(check_traces(args.out_dir, folders, features, args.batch_size, seconds), args.command)
 
 
 def several_layers(args: argparse.Namespace) -> bool:
@@ -202,13 +232,14 @@ def chosen_features(args: argparse.Namespace, catalog: dict[int, FeatureInfo], l
 
 def _listed_features(text: str) -> list[int]:
     def indices(words: list[str]) -> list[int]:
-        return sorted({int(word) for word in words}) if all(word.isdecimal() for word in words) else []
+        sound = all(word.isdecimal() and len(word) <= MAX_DIGITS for word in words)
+        return sorted({int(word) for word in words}) if sound else []
 
     listed = indices(text.replace(",", " ").split())
     if not listed:
         try:
-            listed = indices(Path(text).read_text(encoding="utf-8").replace(",", " ").split())
-        except (OSError, UnicodeDecodeError):
+            listed = indices(read_bounded(Path(text), MAX_LIST_BYTES, "a list").decode().replace(",", " ").split())
+        except (OSError, UserError, UnicodeDecodeError):
             listed = []
     if not listed:
         raise UserError(f"--features {text}: neither a list such as 898,1762 nor a file with feature indices.")
@@ -218,14 +249,17 @@ def _listed_features(text: str) -> list[int]:
 def report(out_dir: Path) -> int:
     """Make the tables from what the folder holds and print the summary; returns the exit status."""
     if holds_layers(out_dir):
-        lines = [*layers_report_lines(summarise_layers(out_dir))]
+        summary = summarise_layers(out_dir)
+        lines = [*layers_report_lines(summary)]
         checks = {f"layer {layer}: ": check_line(folder) for layer, folder in layer_folders(out_dir).items()}
     else:
-        lines = [*results.report_lines(*make_tables(out_dir))]
+        summary, features, per_layer = make_tables(out_dir)
+        lines = [*results.report_lines(summary, features, per_layer)]
         checks = {"": check_line(out_dir)}
-    print("\n".join([*lines, *(f"  {name}{line}" for name, line in checks.items() if line)]))
+    lines += (f"  {name}{line}" for name, line in checks.items() if line)
+    print("\n".join([*lines, *left_out_lines(summary)]))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

@@ -9,14 +9,13 @@ same command again goes on where it stopped.
 
 import argparse
 import logging
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cellcircuits import cli, combination_results, results
+from cellcircuits import cli, cli_check, combination_results, manifest, results
 from cellcircuits.catalog import UNANNOTATED
 from cellcircuits.cells import CellSelection
 from cellcircuits.combinations import (
@@ -27,6 +26,7 @@ from cellcircuits.combinations import (
     read_pair_summary,
 )
 from cellcircuits.errors import UserError
+from cellcircuits.input_counts import inputs_entry, left_out_lines
 from cellcircuits.jsonio import write_json
 from cellcircuits.selection import FEATURES_PER_LAYER, choose_pairs, read_selective_summary
 from cellcircuits.stats import EdgeRule
@@ -76,6 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"where results go (environment: SAE_OUT_DIR; default: {DEFAULT_OUT_DIRS[3]}, with --order 2 "
         f"{DEFAULT_OUT_DIRS[2]})",
     )
+    cli.add_mix_versions_flag(group)
+    cli_check.add_check_flag(group, "ablate")
     group.add_argument("--analysis-only", action="store_true", help="summarise what the folder holds, run nothing")
     return parser
 
@@ -140,9 +142,9 @@ def _add_choice_flags(group: argparse._ArgumentGroup) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    args = build_parser().parse_args(argv)
+    args = cli_check.parse(build_parser(), argv)
     args.out_dir = args.out_dir or DEFAULT_OUT_DIRS[args.order]
-    return cli.run_script(lambda: report(args.out_dir) if args.analysis_only else run(args), GO_ON)
+    return cli.run_script(lambda: report(args.out_dir) if cli_check.wants_report(args) else run(args), GO_ON)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -171,13 +173,24 @@ def run(args: argparse.Namespace) -> int:
     settings = run_settings(args, opened, layers, rule)
     if not (args.triplets or args.pairs):
         flag, folder = ("--pair-dir", args.pair_dir) if args.order == 3 else ("--selective-dir", args.selective_dir)
-        results.require_same_origin(flag, [folder, *sorted(folder.glob("layer*"))], settings)
+        manifest.require_same_origin(flag, [folder, *sorted(folder.glob("layer*"))], settings)
+    provenance = {**opened.provenance(), "saes": {n: str(x.files.checkpoint) for n, x in layers.items()}, **config}
+    if "pairing_seed" in config:
+        provenance["seeds"]["pairing"] = config["pairing_seed"]
+    fingerprint = manifest.settings_fingerprint(settings)
+    run_ = CombinationRun(
+        args.out_dir, bench, opened.cells.cells, rule, fingerprint, args.save_effects, args.batch_size
+    )
+    if args.check:
+        from cellcircuits.combination_plan import check_combinations
+        from cellcircuits.plan_report import Plan, Seconds, show
+
+        goes_on = manifest.check_folder(args.out_dir, settings, provenance, mix_versions=args.mix_versions)
+        opening = Seconds.exactly(time.perf_counter() - started)
+        plan = Plan(opened, layers, args.out_dir, settings["precision"], opening)
+        return show(check_combinations(plan, run_, chosen, goes_on=goes_on), args.command)
     with results.exclusive(args.out_dir):
-        provenance = {**opened.provenance(), "saes": {n: str(x.files.checkpoint) for n, x in layers.items()}, **config}
-        fingerprint = results.claim_folder(args.out_dir, settings, provenance)
-        run_ = CombinationRun(
-            args.out_dir, bench, opened.cells.cells, rule, fingerprint, args.save_effects, args.batch_size
-        )
+        manifest.claim_folder(args.out_dir, settings, provenance, mix_versions=args.mix_versions)
         run_.measure(chosen)
         report(args.out_dir, [combination.name for combination in chosen])
     print(f"Results: {args.out_dir} ({time.perf_counter() - started:.0f} s)")
@@ -289,17 +302,19 @@ def report(out_dir: Path, first: Sequence[str] = ()) -> int:
     Raises:
         UserError: the folder holds no run of this experiment.
     """
-    settings = results.open_folder(out_dir, EXPERIMENT)["settings"]
+    content = manifest.open_folder(out_dir, EXPERIMENT)
+    settings = content["settings"]
     order, named = settings["order"], ("order", "target_layer", "n_cells", "min_abs_d", "min_consistency")
     if order not in DEFAULT_OUT_DIRS or any(key not in settings for key in named):
-        raise UserError(f"{out_dir / results.MANIFEST}: damaged; restore it or choose another --out-dir.")
+        raise UserError(f"{out_dir / manifest.MANIFEST}: damaged; restore it or choose another --out-dir.")
     earlier = [*first, *(name for name in combination_results.names_in_summary(out_dir, order) if name not in first)]
-    records = combination_results.read_records(out_dir, order, results.settings_fingerprint(settings), earlier)
+    records = combination_results.read_records(out_dir, order, manifest.settings_fingerprint(settings), earlier)
     summary = combination_results.summarise(order, records, {key: settings[key] for key in named})
+    summary |= inputs_entry(content.get("provenance"))
     write_json(out_dir / "summary.json", summary)
-    print("\n".join(combination_results.report_lines(order, summary)))
+    print("\n".join([*combination_results.report_lines(order, summary), *left_out_lines(summary)]))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

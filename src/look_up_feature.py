@@ -6,18 +6,18 @@ Reads features.parquet and edges.parquet of a finished (or running) trace and pr
 """
 
 import argparse
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cellcircuits import cli
+from cellcircuits import cli, cli_check
 from cellcircuits.catalog import display_name
 from cellcircuits.errors import UserError
 from cellcircuits.graph_store import read_edges, read_features
-from cellcircuits.results import open_folder, quantity_note
+from cellcircuits.manifest import open_folder
+from cellcircuits.results import quantity_note
 from cellcircuits.trace_layers import holds_layers
 
 
@@ -34,12 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--n-edges", type=cli.natural, default=10, help="edges to show per layer (default: %(default)s)"
     )
     cli.add_out_dir_flag(parser, "folder of the trace")
+    cli_check.add_check_flag(parser, "show")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    args = build_parser().parse_args(argv)
+    args = cli_check.parse(build_parser(), argv)
     return cli.run_script(lambda: look_up(args), "nothing was changed.")
 
 
@@ -57,7 +58,11 @@ def look_up(args: argparse.Namespace) -> int:
         (row["layer"], row["feature"]): display_name(row["label"], row["top_genes"]) for row in features.to_pylist()
     }
     note = quantity_note(open_folder(args.out_dir)["settings"])
-    print("\n".join([*_facts(chosen[0], note), *_edge_lines(edges, names, (layer, args.feature), args.n_edges)]))
+    lines = [*_facts(chosen[0], note), *_edge_lines(edges, names, (layer, args.feature), args.n_edges)]
+    if args.check:
+        what = f"{len(lines)} lines to show on {lines[0]}, from {len(edges)} edges in {args.out_dir}."
+        lines = [what, f"Show: {args.command}"]
+    print("\n".join(lines))
     return 0
 
 
@@ -98,4 +103,4 @@ def _edge_lines(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

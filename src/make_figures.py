@@ -8,7 +8,6 @@
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from cellcircuits import cli
+from cellcircuits import cli, cli_check
 from cellcircuits.catalog import display_name
 from cellcircuits.combination_results import norm_ratio
 from cellcircuits.errors import UserError
 from cellcircuits.graph_store import read_edges, read_features
 from cellcircuits.jsonio import read_json, write_atomically
-from cellcircuits.results import open_folder, quantity_note
+from cellcircuits.manifest import open_folder
+from cellcircuits.plan_report import free_disk
+from cellcircuits.results import quantity_note
 from cellcircuits.trace_layers import holds_layers
 
 N_HUBS_SHOWN = 12
@@ -38,17 +39,43 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description="Draw the results of an experiment into one picture beside them.")
     cli.add_out_dir_flag(parser, "folder of the experiment's results")
+    cli_check.add_check_flag(parser, "draw")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    args = build_parser().parse_args(argv)
-    return cli.run_script(lambda: draw(args.out_dir), "nothing was changed.")
+    args = cli_check.parse(build_parser(), argv)
+    return cli.run_script(lambda: check(args) if args.check else draw(args.out_dir), "nothing was changed.")
+
+
+def check(args: argparse.Namespace) -> int:
+    """Say what would be drawn, of results that can be drawn; returns the exit status.
+
+    Raises:
+        UserError: see `figure_of`, or the folder cannot be written.
+    """
+    path, figure = figure_of(args.out_dir)
+    free_disk(args.out_dir)
+    there = "replace" if path.exists() else "write"
+    print(f"{len(figure.axes)} panels to {there} as {path}.\nDraw: {args.command}")
+    return 0
 
 
 def draw(out_dir: Path) -> int:
     """Draw the results in `out_dir` into one PNG.
+
+    Raises:
+        UserError: see `figure_of`.
+    """
+    path, figure = figure_of(out_dir)
+    write_atomically(path, lambda stream: figure.savefig(stream, dpi=130, format="png"))
+    print(f"Figure: {path}")
+    return 0
+
+
+def figure_of(out_dir: Path) -> tuple[Path, Figure]:
+    """Where the figure of the results in `out_dir` goes, and the figure.
 
     Raises:
         UserError: the folder holds no run, none that has a figure, or a damaged summary.
@@ -66,10 +93,7 @@ def draw(out_dir: Path) -> int:
     if experiment not in figures:
         raise UserError(f"{out_dir}: there is no figure for {experiment}; there is one for {', '.join(figures)}.")
     name, make = figures[experiment]
-    figure = make(out_dir)
-    write_atomically(out_dir / name, lambda stream: figure.savefig(stream, dpi=130, format="png"))
-    print(f"Figure: {out_dir / name}")
-    return 0
+    return out_dir / name, make(out_dir)
 
 
 def _summary(path: Path, keys: set[str]) -> dict[str, Any]:
@@ -270,8 +294,9 @@ def state_shifts(axes: Axes, features: Sequence[Mapping[str, Any]], alpha: str) 
 
 
 def _shortened(label: str) -> str:
-    return label if len(label) <= LABEL_LENGTH else f"{label[: LABEL_LENGTH - 1]}…"
+    shown = label if len(label) <= LABEL_LENGTH else f"{label[: LABEL_LENGTH - 1]}…"
+    return shown.replace("$", r"\$")  # between two of them, the text would be read as a formula
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

@@ -5,17 +5,17 @@
 
 Writes, per layer, <data root>/sae_models/layer05_x4_k32/ with sae_final.pt, activation_mean.npy,
 feature_catalog.json, feature_annotations.json (with --gmt) and results.json (settings, held-out quality).
-Activations stay in memory. Started again, it goes on with the layers that are missing.
+Started again after a stop, it goes on: what is done of unfinished layers lies in sae_models/unfinished/ meanwhile.
 """
 
 import argparse
 import hashlib
 import logging
-import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cellcircuits import cli
+from cellcircuits import cli, cli_check
 from cellcircuits.cells import CellSelection
 from cellcircuits.errors import UserError
 from cellcircuits.gene_sets import GmtFile, read_gmt
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from cellcircuits.activations import CellSplit
     from cellcircuits.gene_sets import TermTable
     from cellcircuits.inputs import ModelAndCells
-    from cellcircuits.preparation import PreparationSettings
+    from cellcircuits.preparation_settings import Preparation, PreparationSettings
 
 log = logging.getLogger(__name__)
-GO_ON = "finished layers are kept (those of one group finish together); run the same command again to go on."
+GO_ON = "finished layers are kept, and all but the last minutes of the others; run the same command again to go on."
 EPILOG = """example, with the demo's model and cells:
   python src/prepare_inputs.py --model demo/model --data-path demo/cells.h5ad --cells all \\
       --split-column split --held-out-value held_out --data-root prepared --layers 0,5,6,11,17 --k 8 \\
@@ -68,6 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     cli.add_model_flags(parser)
+    cli.add_mix_versions_flag(parser)
+    cli_check.add_check_flag(parser, "make")
     cli.add_cell_flags(parser, CellSelection(n_cells=2000))
     _add_training_flags(parser.add_argument_group("SAEs"))
     _add_split_flags(parser.add_argument_group("held-out cells"))
@@ -99,7 +101,8 @@ def _add_training_flags(group: Any) -> None:
     add("--sae-seed", type=_whole, default=42,
         help="seed of everything but the draw of cells: split, rows, weights, masks, random gene lists")  # fmt: skip
     add("--max-memory-gb", type=cli.positive, default=8.0,
-        help="memory for rows and counts; layers that do not fit together are done in turn")  # fmt: skip
+        help="memory for rows and counts, and disk for them in --data-root until their layers are finished; what "
+        "does not fit together is done in turn")  # fmt: skip
 
 
 def _add_split_flags(group: Any) -> None:
@@ -124,25 +127,25 @@ def _add_catalog_flags(group: Any) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    args = cli_check.parse(build_parser(), argv)
     return cli.run_script(lambda: _run(args), GO_ON)
 
 
 def _run(args: argparse.Namespace) -> int:
+    started = time.perf_counter()
     if args.data_root is None:
         raise UserError("--data-root is missing: name the folder to write to, or set SAE_DATA_ROOT.")
     cli.require_path(args.data_path, "--data-path", "SAE_DATA_PATH", folder=False)
     if args.relabel and not (args.existing_saes and args.gmt):
         raise UserError("--relabel: goes with --existing-saes and --gmt, from which the new labels are made.")
     gmt_files = [read_gmt(Path(path), ontology) for ontology, path in args.gmt]
-    try:
-        args.data_root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--data-root {args.data_root}: cannot be made a folder ({error.strerror}).") from None
+    if not args.check:
+        _make_folder(args.data_root)
 
     # torch and transformers take seconds to import: only once the cheap checks are done
     from cellcircuits.inputs import open_cells, open_model
-    from cellcircuits.preparation import Preparation, complete_existing, prepare, table_lines
+    from cellcircuits.preparation import complete_existing, prepare, table_lines
+    from cellcircuits.preparation_settings import Preparation
 
     settings = _settings(args)
     loaded = open_model(args)
@@ -151,14 +154,36 @@ def _run(args: argparse.Namespace) -> int:
     split = _split(args, inputs)
     record = _record(args, inputs, split, gmt_files)
     terms = _terms(args, inputs, gmt_files)
-    work = Preparation(args.data_root, inputs, split, settings, terms, record)
+    work = Preparation(args.data_root, inputs, split, settings, terms, record, args.mix_versions)
+    if args.check:
+        return _check(args, work, time.perf_counter() - started)
     print("\n".join(complete_existing(work, args.sae_run) if args.existing_saes else table_lines(prepare(work))))
     return 0
 
 
+def _make_folder(data_root: Path) -> None:
+    try:
+        data_root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--data-root {data_root}: cannot be made a folder ({error.strerror}).") from None
+
+
+def _check(args: argparse.Namespace, work: "Preparation", opening_seconds: float) -> int:
+    """Say what the run would do; returns the exit status."""
+    from cellcircuits.inputs import open_saes
+    from cellcircuits.plan_report import Plan, Seconds, show
+    from cellcircuits.preparation_plan import check_preparation, task_of, task_of_existing
+
+    layers = open_saes(args.data_root, args.layers, args.sae_run, work.inputs.loaded) if args.existing_saes else {}
+    task = task_of_existing(work, layers) if args.existing_saes else task_of(work)
+    precision = str(work.inputs.loaded.model.dtype).removeprefix("torch.")
+    plan = Plan(work.inputs, layers, args.data_root, precision, Seconds.exactly(opening_seconds))
+    return show(check_preparation(plan, work, task), args.command)
+
+
 def _settings(args: argparse.Namespace) -> "PreparationSettings":
     from cellcircuits.annotation import AnnotationSettings
-    from cellcircuits.preparation import PreparationSettings
+    from cellcircuits.preparation_settings import PreparationSettings
     from cellcircuits.sae_training import TrainingSettings
 
     return PreparationSettings(
@@ -229,4 +254,4 @@ def _record(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

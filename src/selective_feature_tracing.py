@@ -9,7 +9,6 @@ edges). Running the same command again goes on where it stopped.
 
 import argparse
 import logging
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,14 +16,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cellcircuits import cli, results
+from cellcircuits import cli, cli_check, manifest, results
 from cellcircuits.best_annotated import N_FEATURES, AnnotatedFeature, best_annotated
 from cellcircuits.cells import CellSelection
 from cellcircuits.errors import UserError
+from cellcircuits.input_counts import left_out_lines
 from cellcircuits.jsonio import read_json, write_json
 from cellcircuits.pathways import PATHWAYS, Pathway, as_json, read_pathways
 from cellcircuits.stats import EdgeRule
-from cellcircuits.trace_flags import add_edge_flags, add_sae_run_flag, catalog_command
+from cellcircuits.trace_flags import add_edge_flags, add_precision_flag, add_sae_run_flag, catalog_command
 from cellcircuits.trace_folder import TraceFolder, make_tables
 from cellcircuits.trace_layers import LayerWork, trace_in_order
 
@@ -81,15 +81,18 @@ def build_parser() -> argparse.ArgumentParser:
         '"none": [...]} for each name; the first name that fits a term wins',
     )
     add_edge_flags(group)
+    add_precision_flag(group)
     cli.add_out_dir_flag(group, "where results go", DEFAULT_OUT_DIR)
+    cli.add_mix_versions_flag(group)
+    cli_check.add_check_flag(group, "trace")
     group.add_argument("--analysis-only", action="store_true", help="summarise what the folder holds, trace nothing")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    args = build_parser().parse_args(argv)
-    return cli.run_script(lambda: report(args.out_dir) if args.analysis_only else run(args), GO_ON)
+    args = cli_check.parse(build_parser(), argv)
+    return cli.run_script(lambda: report(args.out_dir) if cli_check.wants_report(args) else run(args), GO_ON)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -116,7 +119,17 @@ def run(args: argparse.Namespace) -> int:
     for source, later in targets.items():
         of_folder = {layer: layers[layer] for layer in (source, *later)}
         folders[source] = TraceFolder(
-            layer_folder(args.out_dir, source), source, of_folder, opened, rule, args.tokenization, args.precision
+            layer_folder(args.out_dir, source), source, of_folder, opened, rule, args.tokenization, args.precision,
+            mix_versions=args.mix_versions,
+        )  # fmt: skip
+    features = {source: sorted(x.index for x in of_layer) for source, of_layer in chosen.items()}
+    if args.check:
+        from cellcircuits.plan_report import show
+        from cellcircuits.trace_plan import check_traces
+
+        seconds = time.perf_counter() - started
+        return show(
+            check_traces(args.out_dir, list(folders.values()), features, args.batch_size, seconds), args.command
         )
     with ExitStack() as locks:
         for out_dir in (args.out_dir, *(folder.out_dir for folder in folders.values())):
@@ -124,7 +137,6 @@ def run(args: argparse.Namespace) -> int:
         # every folder is claimed before the choice is written: a refused run leaves the kept choice as it was
         fingerprints = {source: folder.claim() for source, folder in folders.items()}
         write_choice(args.out_dir, chosen, targets, fingerprints, pathways)
-        features = {source: sorted(x.index for x in of_layer) for source, of_layer in chosen.items()}
         works = [LayerWork(folder, features[source], fingerprints[source]) for source, folder in folders.items()]
         trace_in_order(works, args.batch_size)
         report(args.out_dir)
@@ -213,7 +225,7 @@ def summarise(out_dir: Path) -> tuple[str, int]:
         raise UserError(f"{out_dir}: holds no selective trace (no {CHOICE}); run without --analysis-only first.")
     choice = read_json(path)
     try:
-        traced, n_cells = _traced(out_dir, choice["fingerprints"])
+        traced, of_run = _traced(out_dir, choice["fingerprints"])
         features = [
             {key: value for key, value in feature.items() if key != "p_value"}
             | {key: traced[feature["layer"], feature["idx"]][key] for key in ("n_edges", "n_cells_active")}
@@ -223,29 +235,31 @@ def summarise(out_dir: Path) -> tuple[str, int]:
         summary = {
             "n_features": len(features),
             "n_best_terms_significant": sum(feature["best_term_significant"] for feature in features),
-            "n_cells": n_cells,
+            **of_run,
             **{key: choice[key] for key in ("source_layers", "downstream_layers", "pathways")},
             "features": features,
         }
-        text = "\n".join(report_lines(summary))
+        text = "\n".join([*report_lines(summary), *left_out_lines(summary)])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); run the same trace again.") from None
     write_json(out_dir / SUMMARY, summary)
     return text, len(choice["features"]) - len(features)
 
 
-def _traced(out_dir: Path, fingerprints: Mapping[str, str]) -> tuple[dict[tuple[int, int], dict[str, Any]], int]:
-    """Facts of every traced feature by (layer, feature), and the number of cells."""
-    traced, n_cells = {}, 0
+def _traced(
+    out_dir: Path, fingerprints: Mapping[str, str]
+) -> tuple[dict[tuple[int, int], dict[str, Any]], dict[str, Any]]:
+    """Facts of every traced feature by (layer, feature), and what a summary says of the cells."""
+    traced, of_run = {}, {"n_cells": 0}
     for layer, fingerprint in fingerprints.items():
         folder = layer_folder(out_dir, int(layer))
-        settings = results.open_folder(folder)["settings"]
-        if results.settings_fingerprint(settings) != fingerprint:
+        settings = manifest.open_folder(folder)["settings"]
+        if manifest.settings_fingerprint(settings) != fingerprint:
             raise UserError(f"{folder}: was traced with other settings than the rest; choose another --out-dir.")
-        n_cells = settings["n_cells"]
-        _, features, _ = make_tables(folder)
+        summary, features, _ = make_tables(folder)
+        of_run = {"n_cells": settings["n_cells"], **{key: summary[key] for key in ("inputs",) if key in summary}}
         traced |= {(int(layer), facts["feature_idx"]): facts for facts in features}
-    return traced, n_cells
+    return traced, of_run
 
 
 def report(out_dir: Path) -> int:
@@ -279,4 +293,4 @@ def report_lines(summary: Mapping[str, Any]) -> Iterable[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

@@ -4,22 +4,22 @@
 
 Writes into the output folder: cell_metadata.json (pseudotime, types and tissues of the cells),
 sae_activations.npz (activations of every feature in every cell), switch_features.json (a panel for
-trajectory_steering.py, which takes the folder as --traj-dir), trajectory_summary.json and manifest.json.
+trajectory_steering.py, which takes the folder as --traj-dir), trajectory_summary.json and manifest.json, and
+partial/ while it runs. Running the same command again goes on where it stopped.
 """
 
 import argparse
 import logging
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cellcircuits import cli, results, trajectory_flags
+from cellcircuits import cli, cli_check, manifest, results, trajectory_flags
 from cellcircuits.catalog import UNANNOTATED
 from cellcircuits.errors import UserError
+from cellcircuits.input_counts import inputs_entry, left_out_lines
 from cellcircuits.jsonio import write_atomically, write_json
 from cellcircuits.trace_flags import add_sae_run_flag
 
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 EXPERIMENT = "trajectory_analysis"
-GO_ON = "nothing half-finished is kept as a result; run the same command again."
+PARTIAL = "partial"
+GO_ON = "the cells that are done are kept; run the same command again to go on."
 N_SHOWN = 5
 
 
@@ -70,12 +71,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--n-off", type=cli.natural, default=8, help="most OFF features per layer (default: %(default)s)"
     )
     cli.add_out_dir_flag(group, "where results go", Path("results/trajectory"))
+    cli.add_mix_versions_flag(group)
+    cli_check.add_check_flag(group, "analyse")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    args = build_parser().parse_args(argv)
+    args = cli_check.parse(build_parser(), argv)
     return cli.run_script(lambda: run(args), GO_ON)
 
 
@@ -89,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
     # torch and transformers take seconds to import: only once the cheap checks are done
     from cellcircuits.inputs import open_cells, open_model, open_saes
-    from cellcircuits.trajectory import open_trajectory
+    from cellcircuits.trajectory import open_trajectory, provenance
 
     loaded = open_model(args)
     n_layers = loaded.model.config.num_hidden_layers
@@ -98,14 +101,36 @@ def run(args: argparse.Namespace) -> int:
     layers = open_saes(data_root, args.layers, args.sae_run, loaded)
     opened = open_cells(args, loaded, selection)
     trajectory = open_trajectory(args, opened)
+    comes_from = provenance(opened, trajectory, layers)
+    settings = run_settings(args, opened, layers, trajectory)
+    if args.check:
+        manifest.check_folder(args.out_dir, settings, comes_from, mix_versions=args.mix_versions)
+        return check(args, opened, layers, trajectory, started)
     with results.exclusive(args.out_dir):
-        provenance = {**opened.provenance(), "saes": {n: str(x.files.checkpoint) for n, x in layers.items()}}
-        settings = run_settings(args, opened, layers, trajectory)
-        fingerprint = results.claim_folder(args.out_dir, settings, provenance)
+        fingerprint = manifest.claim_folder(args.out_dir, settings, comes_from, mix_versions=args.mix_versions)
         summary, panel = analyse(args, opened, layers, trajectory, fingerprint)
-    print("\n".join(report_lines(summary, panel)))
+    print("\n".join([*report_lines(summary, panel), *left_out_lines(summary)]))
     print(f"Results: {args.out_dir} ({time.perf_counter() - started:.0f} s)")
     return 0
+
+
+def check(
+    args: argparse.Namespace,
+    opened: "ModelAndCells",
+    layers: Mapping[int, "LayerSAE"],
+    trajectory: "Trajectory",
+    started: float,
+) -> int:
+    """Say what the run that was `started` then would do; returns the exit status."""
+    from cellcircuits.plan_report import Plan, Seconds, show
+    from cellcircuits.trajectory_plan import check_trajectory
+    from cellcircuits.trajectory_root import expression_of, read_run_counts
+
+    matrix = read_run_counts(args, opened)
+    expression_of(args.follow_genes, matrix, opened)
+    opening = Seconds.exactly(time.perf_counter() - started)
+    plan = Plan(opened, layers, args.out_dir, str(opened.loaded.model.dtype).removeprefix("torch."), opening)
+    return show(check_trajectory(plan, trajectory, matrix.counts.getnnz(axis=1)), args.command)
 
 
 def run_settings(
@@ -145,16 +170,17 @@ def analyse(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Compute and write all result files; returns the summary and the panel of switch features."""
     from cellcircuits import switch_features as switches
-    from cellcircuits.trajectory import confounds, rank_correlation, write_metadata
+    from cellcircuits.kept_rows import remove_rows
+    from cellcircuits.trajectory import confounds, provenance, rank_correlation, write_metadata
     from cellcircuits.trajectory_root import expression_of, read_run_counts
 
     cells, pseudotime = opened.cells.cells, trajectory.pseudotime
     matrix = read_run_counts(args, opened)
     n_genes, depth = matrix.counts.getnnz(axis=1), matrix.counts.sum(axis=1).A1
     followed = zip(args.follow_genes, expression_of(args.follow_genes, matrix, opened), strict=True)
-    activations = switches.cell_activations(
-        opened.loaded.model, {layer: opened_sae.sae for layer, opened_sae in layers.items()}, cells
-    )
+    saes = {layer: opened_sae.sae for layer, opened_sae in layers.items()}
+    partial = args.out_dir / PARTIAL
+    activations = switches.cell_activations(opened.loaded.model, saes, cells, partial, fingerprint)
     order = switches.CellOrder(pseudotime, trajectory.early, trajectory.late, n_genes)
     rule = switches.SwitchRule(n_on=args.n_on, n_off=args.n_off)
     statistics = {
@@ -167,6 +193,7 @@ def analyse(
         "followed_genes": {gene: rank_correlation(pseudotime, values) for gene, values in followed},
         "downsample_to": args.downsample_to,
         "fingerprint": fingerprint,
+        **inputs_entry([provenance(opened, trajectory, layers)]),
     }
     write_metadata(
         args.out_dir / "cell_metadata.json", trajectory, cells, args.downsample_to, {"fingerprint": fingerprint}
@@ -174,6 +201,7 @@ def analyse(
     write_activations(args.out_dir / "sae_activations.npz", activations, [cell.name for cell in cells])
     write_json(args.out_dir / "switch_features.json", panel)
     write_json(args.out_dir / "trajectory_summary.json", summary)
+    remove_rows(partial)
     return summary, panel
 
 
@@ -221,7 +249,7 @@ def summarise(
         "selection": report["selection"],
         "n_rows_matched": report["n_rows_matched"],
         "n_cells_dropped": len(report["dropped_cells"]),
-        "versions": opened.provenance()["versions"] | {"scanpy": version("scanpy")},
+        "versions": opened.provenance()["versions"],
         "seeds": {"cells": report["selection"]["seed"], "scanpy": SCANPY_SEED},
         "schema_version": results.SCHEMA_VERSION,
     }
@@ -258,4 +286,4 @@ def _feature_line(x: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

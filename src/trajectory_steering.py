@@ -11,15 +11,15 @@ import argparse
 import hashlib
 import logging
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cellcircuits import cli, results, steering_results
+from cellcircuits import cli, cli_check, manifest, results, steering_results
 from cellcircuits.catalog import UNANNOTATED
+from cellcircuits.input_counts import inputs_entry, left_out_lines
 from cellcircuits.jsonio import write_json
 from cellcircuits.panel import PUBLISHED_PANEL, PanelFeature, check_indices, check_layers, read_panel
 from cellcircuits.trace_flags import add_sae_run_flag
@@ -87,14 +87,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-size", type=cli.natural, default=None, help="steered passes per batch (default: what memory allows)"
     )
     cli.add_out_dir_flag(group, "where results go", DEFAULT_OUT_DIR)
+    cli.add_mix_versions_flag(group)
+    cli_check.add_check_flag(group, "steer")
     group.add_argument("--analysis-only", action="store_true", help="summarise what the folder holds, steer nothing")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    args = build_parser().parse_args(argv)
-    return cli.run_script(lambda: report(args.out_dir) if args.analysis_only else run(args), GO_ON)
+    args = cli_check.parse(build_parser(), argv)
+    return cli.run_script(lambda: report(args.out_dir) if cli_check.wants_report(args) else run(args), GO_ON)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -109,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     from cellcircuits.inputs import open_cells, open_model, open_saes
     from cellcircuits.steering import SteeringBench
     from cellcircuits.steering_run import Steerer
-    from cellcircuits.trajectory import open_trajectory
+    from cellcircuits.trajectory import open_trajectory, provenance
 
     loaded = open_model(args)
     check_layers(panel, loaded.model.config.num_hidden_layers, args.panel)
@@ -122,21 +124,30 @@ def run(args: argparse.Namespace) -> int:
     saes = {layer: sae_store.fingerprint(opened_sae.files) for layer, opened_sae in layers.items()}
     if args.panel is not None:
         of_run = {"model": settings["model"], "saes": {str(layer): sae for layer, sae in saes.items()}}
-        results.require_same_origin("--panel", [args.panel.parent], of_run)
+        manifest.require_same_origin("--panel", [args.panel.parent], of_run)
+    comes_from = provenance(opened, trajectory, layers)
+    steerer = Steerer(
+        out_dir=args.out_dir,
+        bench=SteeringBench(loaded.model, {layer: opened_sae.sae for layer, opened_sae in layers.items()}),
+        cells=opened.cells.cells,
+        early=trajectory.early,
+        late=trajectory.late,
+        alphas=args.alphas,
+        gene_of=symbol_of_token(opened.vocabulary),
+        saes=saes,
+        fingerprint=manifest.settings_fingerprint(settings),
+        batch_size=args.batch_size,
+    )
+    if args.check:
+        from cellcircuits.plan_report import Plan, Seconds, show
+        from cellcircuits.steering_plan import check_steering
+
+        goes_on = manifest.check_folder(args.out_dir, settings, comes_from, mix_versions=args.mix_versions)
+        opening = Seconds.exactly(time.perf_counter() - started)
+        plan = Plan(opened, layers, args.out_dir, settings["precision"], opening)
+        return show(check_steering(plan, steerer, panel, goes_on=goes_on), args.command)
     with results.exclusive(args.out_dir):
-        fingerprint = results.claim_folder(args.out_dir, settings, provenance(opened, trajectory, layers))
-        steerer = Steerer(
-            out_dir=args.out_dir,
-            bench=SteeringBench(loaded.model, {layer: opened_sae.sae for layer, opened_sae in layers.items()}),
-            cells=opened.cells.cells,
-            early=trajectory.early,
-            late=trajectory.late,
-            alphas=args.alphas,
-            gene_of=symbol_of_token(opened.vocabulary),
-            saes=saes,
-            fingerprint=fingerprint,
-            batch_size=args.batch_size,
-        )
+        manifest.claim_folder(args.out_dir, settings, comes_from, mix_versions=args.mix_versions)
         steerer.steer(panel)
         report(args.out_dir, [feature.name for feature in panel])
     print(f"Results: {args.out_dir} ({time.perf_counter() - started:.0f} s)")
@@ -183,22 +194,6 @@ def run_settings(args: argparse.Namespace, opened: "ModelAndCells", trajectory: 
     }
 
 
-def provenance(opened: "ModelAndCells", trajectory: "Trajectory", layers: Mapping[int, "LayerSAE"]) -> dict[str, Any]:
-    """Where the numbers come from, for the record."""
-    import numpy as np
-
-    return {
-        **opened.provenance(),
-        "saes": {str(layer): str(opened_sae.files.checkpoint) for layer, opened_sae in layers.items()},
-        "pseudotime": {
-            "source": trajectory.source,
-            "root": trajectory.root,
-            "n_cells_without": int(np.isnan(trajectory.pseudotime).sum()),
-            "sha256": hashlib.sha256(trajectory.pseudotime.astype("<f8").tobytes()).hexdigest(),
-        },
-    }
-
-
 def report(out_dir: Path, first: Sequence[str] = ()) -> int:
     """Summarise what the folder holds, in `summary.json` and on the terminal; returns the exit status.
 
@@ -209,14 +204,15 @@ def report(out_dir: Path, first: Sequence[str] = ()) -> int:
     Raises:
         UserError: the folder holds no run of this experiment.
     """
-    settings = results.open_folder(out_dir, EXPERIMENT)["settings"]
+    content = manifest.open_folder(out_dir, EXPERIMENT)
+    settings = content["settings"]
     order = dict.fromkeys([*first, *steering_results.names_in_summary(out_dir)])
-    records = steering_results.read_records(out_dir, results.settings_fingerprint(settings), list(order))
-    summary = steering_results.summarise(records)
+    records = steering_results.read_records(out_dir, manifest.settings_fingerprint(settings), list(order))
+    summary = steering_results.summarise(records) | inputs_entry(content.get("provenance"))
     write_json(out_dir / steering_results.SUMMARY_FILE, summary)
-    print("\n".join(steering_results.report_lines(summary, settings)))
+    print("\n".join([*steering_results.report_lines(summary, settings), *left_out_lines(summary)]))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

@@ -5,6 +5,7 @@ import itertools
 import json
 import pickle
 import pickletools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -56,6 +57,30 @@ def insert(content: bytearray, rng: Random) -> bytes:
     place = rng.randrange(len(content) + 1)
     content[place:place] = rng.randbytes(rng.choice((1, 8, 200)))
     return bytes(content)
+
+
+def mutate_near(content: bytes, signs: bytes, reach: int, rng: Random) -> bytes:
+    """Change a field or two in the `reach` bytes after a sign of the format's structure.
+
+    Args:
+        content: a sound file.
+        signs: a pattern of the signs.
+        reach: bytes.
+        rng: decides.
+    """
+    places = [found.start() for found in re.finditer(signs, content)]
+    changed = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 3)) if places else 0):
+        place = rng.choice(places) + rng.randrange(4, reach)
+        size = rng.choice((1, 2, 4, 8))
+        if rng.random() < 0.4:
+            value = (
+                int.from_bytes(changed[place : place + size], "little") + rng.choice((-8, -1, 1, 8, 256))
+            ) % 256**size
+        else:
+            value = rng.choice(EXTREMES) % 256**size
+        changed[place : place + size] = value.to_bytes(size, "little")
+    return bytes(changed)
 
 
 class Bomb:
@@ -115,7 +140,7 @@ def mutate_pickle(content: Any, canary: Path, rng: Random) -> bytes:
     if way < 0.6:
         return _trap(canary, rng)
     dumped = pickle.dumps(content, protocol)
-    return mutate_opcodes(dumped, rng) if way < 0.85 else mutate_bytes(dumped, rng)
+    return rng.choice((mutate_opcodes, mutate_opcodes, mutate_arguments, mutate_bytes))(dumped, rng)
 
 
 def _dumped(content: Any, protocol: int) -> bytes:
@@ -148,11 +173,34 @@ def mutate_opcodes(dumped: bytes, rng: Random) -> bytes:
     return b"".join(parts)
 
 
+def mutate_arguments(dumped: bytes, rng: Random) -> bytes:
+    """Other numbers and texts in an otherwise sound pickle: sizes, offsets, keys, names."""
+    found = list(pickletools.genops(dumped))
+    places = [place for *_, place in found] + [len(dumped)]
+    parts = [dumped[first:last] for first, last in itertools.pairwise(places)]
+    numbers = [n for n, (code, *_) in enumerate(found) if code.name in ("BININT", "BININT1", "BININT2", "LONG1")]
+    texts = [n for n, (code, *_) in enumerate(found) if code.name in ("BINUNICODE", "SHORT_BINUNICODE", "GLOBAL")]
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        if numbers and (rng.random() < 0.7 or not texts):
+            n = rng.choice(numbers)
+            old = found[n][1]
+            new = rng.choice((*EXTREMES, -1, -(1 << 31), old + 1, old - 1, 2 * old, 1 << 63, 10**12))
+            parts[n] = pickle.dumps(new, 2)[2:-1]
+        elif texts:
+            n = rng.choice(texts)
+            same = [other for other in texts if found[other][0].name == found[n][0].name]
+            parts[n] = parts[rng.choice(same)]
+    return b"".join(parts)
+
+
 def _trap(canary: Path, rng: Random) -> bytes:
     """Hand-written pickles that are small and want much."""
     command = f"touch {canary}".encode()
     pairs = (b"0h" + bytes([n]) + b"h" + bytes([n]) + b"\x86q" + bytes([n + 1]) for n in range(60))
     twice = b"K\x01q\x00" + b"".join(pairs)  # a pair of the pair before, 60 times
+    modulus = (1 << 61) - 1  # of the hash of an integer
+    alike = b"".join(b"\x8a\x0c" + (n * modulus).to_bytes(12, "little") + b"N" for n in range(1, 200_000))
+    deep = b"K\x01" + b"\x85" * rng.choice((90, 30_000, 1_000_000))
     return rng.choice(
         (
             b"cos\nsystem\n(S'" + command + b"'\ntR.",
@@ -166,7 +214,8 @@ def _trap(canary: Path, rng: Random) -> bytes:
             b"\x80\x05}\x96" + rng.choice(EXTREMES).to_bytes(8, "little") + b"abc.",
             b"}" + twice + b"K\x01s.",
             b"}X\x01\x00\x00\x00a" + twice + b"s.",
-
+            b"}(" + alike + b"u.", b"}" + deep + b"K\x01s.", b"}" + deep.replace(b"\x85", b"\x85q\x00") + b"K\x01s.",
+            b"}" + b"K\x01" + b"K\x01\x86" * 200_000 + b"K\x01s.",
             b"]" * rng.choice((10, 100_000)) + b"a" * rng.choice((9, 99_999)) + b".",
             b"(" * 200_000 + b".",
             b"}X\x01\x00\x00\x00aI" + b"9" * 100_000 + b"\ns.",
@@ -196,6 +245,7 @@ def mutate_json(content: Any, rng: Random) -> bytes:
                 lambda: text.encode("utf-16"),
                 lambda: b"\xef\xbb\xbf" + text.encode(),
                 lambda: b"\x1f\x8b" + rng.randbytes(50),
+                lambda: b"[" + rng.choice((b"[],", b"{},", b'{"a":1},')) * 10**6 + b"1]", lambda: b"9" * 10**6,
                 lambda: b"", lambda: b"null", lambda: b"9" * 10_000, lambda: b"1e999", lambda: b"[" * 5,
                 lambda: text.encode() + text.encode(),
                 lambda: (text[:-1] + "," + text[1:]).encode() if text.startswith("{") else b"{}",

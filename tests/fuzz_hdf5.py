@@ -11,7 +11,12 @@ import numpy as np
 from scipy import sparse
 
 from cell_fixtures import GENES, random_counts, write_cells
-from fuzz_bytes import EXTREMES, mutate_bytes
+from fuzz_bytes import EXTREMES, mutate_bytes, mutate_near
+
+# what HDF5 begins its trees, tables of names, heaps and lists of attributes with; and headers of objects by their form
+_SIGNS = (
+    rb"TREE|SNOD|HEAP|GCOL|OHDR|OCHK|FRHP|FHDB|FHIB|BTHD|BTLF|\x89HDF|\x01\x00[\x01-\x14]\x00[\x01-\x04]\x00\x00\x00"
+)
 
 
 def write_seeds(folder: Path) -> list[Path]:
@@ -37,7 +42,13 @@ def write_seeds(folder: Path) -> list[Path]:
         values = file["X/data"][:]
         del file["X/data"]
         file.create_dataset("X/data", data=values, chunks=(16,), compression="gzip", shuffle=True)
-    return [*seeds, legacy]
+    modern = folder / "modern.h5ad"  # groups and attributes in the form that HDF5 gave them later
+    with h5py.File(seeds[1]) as old, h5py.File(modern, "w", libver="latest") as new:
+        for part in old:
+            old.copy(part, new)
+        for group in ("obs", "var"):
+            new[group].attrs["note"] = "x" * 70_000
+    return [*seeds, legacy, modern]
 
 
 def mutate_h5ad(path: Path, rng: Random) -> None:
@@ -49,7 +60,9 @@ def mutate_h5ad(path: Path, rng: Random) -> None:
                 with suppress(Exception):  # HDF5 and NumPy refuse some combinations
                     _change(file, rng)
     if way > 0.55:
-        path.write_bytes(mutate_bytes(path.read_bytes(), rng))
+        content = path.read_bytes()
+        changed = mutate_near(content, _SIGNS, 96, rng) if rng.random() < 0.8 else mutate_bytes(content, rng)
+        path.write_bytes(changed)
 
 
 def _change(file: h5py.File, rng: Random) -> None:

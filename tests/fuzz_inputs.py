@@ -8,6 +8,7 @@ parent's, and without running code of the file's. What does not is printed with 
 
 import argparse
 import os
+import re
 import resource
 import select
 import shutil
@@ -18,7 +19,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -40,12 +41,13 @@ class Kind:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one mutant ended; `fault` is empty where it ended well."""
+    """How one mutant ended; `fault` is empty where it ended well, `said` is the error's sentence."""
 
     ending: str
     fault: str
     seconds: float
     n_bytes: int
+    said: str
 
 
 def run_mutant(kind: Kind, number: int, seed: int, folder: Path) -> Outcome:
@@ -67,13 +69,20 @@ def run_mutant(kind: Kind, number: int, seed: int, folder: Path) -> Outcome:
     _, status, _ = os.wait4(child, 0)
     seconds = time.monotonic() - started
     code, told = os.waitstatus_to_exitcode(status), said.decode("utf-8", "replace")
-    n_bytes = int(told.partition("\n")[0]) if told else 0
+    measured, _, sentence = told.partition("\n")
+    n_bytes = int(measured or 0)
     return Outcome(
         {SUCCESS: "success", USER_ERROR: "error"}.get(code, f"status {code}"),
         _fault(code, told, seconds, n_bytes, folder),
         seconds,
         n_bytes,
+        _without_particulars(sentence, folder),
     )
+
+
+def _without_particulars(sentence: str, folder: Path) -> str:
+    """An error's sentence without what differs from mutant to mutant, so that equal ones can be counted."""
+    return re.sub(r"'[^']*'|\"[^\"]*\"|[-+.\d]*\d|\\x\w+", "#", sentence.replace(str(folder), ""))[:110]
 
 
 def _fault(code: int, told: str, seconds: float, n_bytes: int, folder: Path) -> str:
@@ -119,16 +128,28 @@ def kinds(seeds: Path) -> Iterator[Kind]:
         yield Kind(name, make)
 
 
-def fuzz(kind: Kind, n: int, seed: int, folder: Path) -> tuple[Counter[str], list[str], float, int]:
-    """Run `n` mutants: endings, faults, the longest time in seconds, the most memory in bytes."""
-    endings, faults, longest, most = Counter(), [], 0.0, 0
-    for number in range(n):
+@dataclass
+class Tally:
+    """How many mutants ended how, their errors, faults, longest time in seconds and most memory in bytes."""
+
+    endings: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    longest: float = 0.0
+    most: int = 0
+
+
+def fuzz(kind: Kind, n: int, seed: int, folder: Path, start: int = 0) -> Tally:
+    """Run mutants `start` to `start + n - 1`."""
+    tally = Tally()
+    for number in range(start, start + n):
         outcome = run_mutant(kind, number, seed, folder)
-        endings[outcome.ending] += 1
-        longest, most = max(longest, outcome.seconds), max(most, outcome.n_bytes)
+        tally.endings[outcome.ending] += 1
+        tally.errors[outcome.said] += bool(outcome.said)
+        tally.longest, tally.most = max(tally.longest, outcome.seconds), max(tally.most, outcome.n_bytes)
         if outcome.fault:
-            faults.append(f"{kind.name} {number}: {outcome.fault}")
-    return endings, faults, longest, most
+            tally.faults.append(f"{kind.name} {number}: {outcome.fault}")
+    return tally
 
 
 def main() -> int:
@@ -138,6 +159,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", action="append", help="only these kinds")
     parser.add_argument("--number", type=int, help="only this mutant")
+    parser.add_argument("--start", type=int, default=0, help="number of the first mutant")
+    parser.add_argument("--errors", type=int, default=0, help="how many of the most frequent errors to print")
     args = parser.parse_args()
     n_faults = 0
     with tempfile.TemporaryDirectory() as place:
@@ -148,11 +171,13 @@ def main() -> int:
             if args.number is not None:
                 print(run_mutant(kind, args.number, args.seed, folder / "mutant"))
                 continue
-            endings, faults, longest, most = fuzz(kind, args.n, args.seed, folder / "mutant")
-            n_faults += len(faults)
-            print(f"{kind.name}: {args.n} mutants, {dict(endings)}, {len(faults)} faults, "
-                  f"longest {longest:.1f} s, most {most / 1e6:.0f} MB", flush=True)  # fmt: skip
-            print("\n".join(faults), end="\n" if faults else "", flush=True)
+            tally = fuzz(kind, args.n, args.seed, folder / "mutant", args.start)
+            n_faults += len(tally.faults)
+            print(f"{kind.name}: {args.n} mutants, {dict(tally.endings)}, {len(tally.faults)} faults, "
+                  f"longest {tally.longest:.1f} s, most {tally.most / 1e6:.0f} MB, "
+                  f"{len(tally.errors)} different errors")  # fmt: skip
+            most_frequent = [f"{count:6} {error}" for error, count in tally.errors.most_common(args.errors)]
+            print("\n".join([*tally.faults, *most_frequent, ""]), end="", flush=True)
     return 1 if n_faults else 0
 
 

@@ -3,11 +3,7 @@
 import argparse
 import io
 import json
-import pickle
 import shutil
-import struct
-import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -20,15 +16,19 @@ from cell_fixtures import GENES, vocabulary
 from cellcircuits import trajectory
 from cellcircuits.catalog import load_catalog
 from cellcircuits.cells import Cell, CellSelection, load_cells
+from cellcircuits.combinations import choose_triplets, read_combinations, read_pair_summary
 from cellcircuits.gene_sets import read_gmt, resolve
 from cellcircuits.geneformer import load_model
 from cellcircuits.loading import load_vector
 from cellcircuits.panel import read_panel
+from cellcircuits.pathways import read_pathways
 from cellcircuits.sae_store import find_sae, open_sae
+from cellcircuits.selection import choose_pairs, read_selective_summary
 from cellcircuits.vocabulary import read_median_dictionary, read_name_dictionary, read_token_dictionary
 from conftest import random_model, random_sae, write_sae
-from fuzz_bytes import Bomb, mutate_bytes, mutate_json, mutate_npy, mutate_opcodes, mutate_pickle, nasty
+from fuzz_bytes import mutate_bytes, mutate_json, mutate_npy, mutate_pickle
 from fuzz_hdf5 import mutate_h5ad, write_seeds
+from fuzz_weights import mutate_archive, mutate_safetensors
 
 Maker = Callable[[Path, Random], Callable[[], object]]
 N_FEATURES = 24
@@ -55,122 +55,15 @@ def _checkpoint(sae_folder: Path, folder: Path, rng: Random) -> Callable[[], obj
     copy = folder / "sae_models" / sae_folder.name
     shutil.copytree(sae_folder, copy)
     path = copy / "sae_final.pt"
-    path.write_bytes(_mutated_archive(path.read_bytes(), folder / "canary", rng))
+    path.write_bytes(mutate_archive(path.read_bytes(), folder / "canary", rng))
     return lambda: open_sae(find_sae(folder, 5))
-
-
-def _mutated_archive(sound: bytes, canary: Path, rng: Random) -> bytes:
-    way = rng.random()
-    if way < 0.3:
-        return mutate_bytes(sound, rng)
-    if way < 0.6:
-        return _repacked(sound, canary, rng)
-    content = torch.load(io.BytesIO(sound), weights_only=True)
-    holder = content["model_state_dict"] if rng.random() < 0.5 and "model_state_dict" in content else content
-    with warnings.catch_warnings(action="ignore"):
-        for _ in range(rng.choice((1, 2))):
-            key = rng.choice(list(holder))
-            holder[key] = _odd_tensor(rng) if rng.random() < 0.6 else nasty(canary, rng)
-    if rng.random() < 0.1:
-        content = nasty(canary, rng)
-    elif rng.random() < 0.2:  # sizes that fit a tensor of strides 0
-        n = rng.choice((10**6, 10**9, 10**12))
-        shapes = {"W_enc.weight": (n, 1), "W_enc.bias": (n,), "W_dec.weight": (1, n), "W_dec.bias": (1,)}
-        state = {name: torch.zeros(1).as_strided(shape, (0,) * len(shape)) for name, shape in shapes.items()}
-        content = {"model_state_dict": state, "d_model": 1, "n_features": n, "k": 1}
-    stream = io.BytesIO()
-    try:
-        torch.save(
-            content, stream, _use_new_zipfile_serialization=rng.random() < 0.8, pickle_protocol=rng.choice((2, 2, 4))
-        )
-    except Exception:
-        return pickle.dumps(Bomb(canary, rng))
-    return stream.getvalue()
-
-
-def _odd_tensor(rng: Random) -> Any:
-    return rng.choice(
-        (
-            lambda: torch.zeros(1).expand(10**12), lambda: torch.zeros(3).to_sparse(),
-            lambda: torch.zeros(3, device="meta"),
-            lambda: torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.quint8), lambda: torch.zeros(0),
-            lambda: torch.full((24, 12), torch.nan), lambda: torch.zeros(24, 12, dtype=torch.complex64),
-            lambda: torch.zeros(24, 12, dtype=torch.int8), lambda: torch.nn.Parameter(torch.zeros(24, 12)),
-            lambda: torch.zeros(24, 12).to(torch.float8_e4m3fn), lambda: torch.zeros(()), lambda: torch.float32,
-            lambda: torch.Size([3]), lambda: torch.device("cpu"), lambda: torch.zeros(24).conj(),
-            lambda: torch.Generator(),
-        )
-    )()  # fmt: skip
-
-
-def _repacked(sound: bytes, canary: Path, rng: Random) -> bytes:
-    """The same archive with a part changed, missing, repeated or packed."""
-    stream = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(sound)) as old, zipfile.ZipFile(stream, "w") as new:
-        parts = [(entry.filename, old.read(entry)) for entry in old.infolist()]
-        chosen = rng.randrange(len(parts))
-        for number, (name, content) in enumerate(parts):
-            packing = zipfile.ZIP_STORED
-            if name.endswith("data.pkl") and rng.random() < 0.7:
-                way = rng.random()
-                content = mutate_opcodes(content, rng) if way < 0.6 else mutate_pickle({"a": 1, "k": 3}, canary, rng)
-                if way > 0.8:
-                    kinds = (b"torch\nTensor", b"builtins\nbytearray", b"torch\nUntypedStorage", b"torch\nFloatStorage")
-                    content = b"\x80\x02c" + rng.choice(kinds) + b"\nJ\xff\xff\xff\x7f\x85R."  # of 2^31 - 1 values
-            elif number == chosen:
-                way = rng.randrange(5)
-                if way == 0:
-                    continue
-                if way == 1:
-                    content, packing = bytes(50_000_000), zipfile.ZIP_DEFLATED
-                if way == 2:
-                    content = mutate_bytes(content, rng)
-                if way == 3:
-                    name = rng.choice(("../../x", "/etc/x", parts[0][0], "archive/constants.pkl", name.upper()))
-                if way == 4:
-                    packing = rng.choice((zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
-            new.writestr(name, content, packing)
-    return mutate_bytes(stream.getvalue(), rng) if rng.random() < 0.1 else stream.getvalue()
 
 
 def _safetensors(model: Path, folder: Path, rng: Random) -> Callable[[], object]:
     shutil.copytree(model, folder / "model")
     path = folder / "model" / "model.safetensors"
-    sound = path.read_bytes()
-    (n_header,) = struct.unpack("<Q", sound[:8])
-    if rng.random() < 0.4:
-        path.write_bytes(mutate_bytes(sound, rng))
-    else:
-        header = json.loads(sound[8 : 8 + n_header])
-        text = mutate_json(header, rng) if rng.random() < 0.4 else json.dumps(_odd_header(header, rng)).encode()
-        claimed = len(text) if rng.random() < 0.9 else rng.choice((0, 1, len(text) + 1, 10**8, 1 << 62))
-        path.write_bytes(struct.pack("<Q", claimed) + text + sound[8 + n_header :])
+    path.write_bytes(mutate_safetensors(path.read_bytes(), rng))
     return lambda: load_model(str(folder / "model"))
-
-
-def _odd_header(header: dict[str, Any], rng: Random) -> dict[str, Any]:
-    name = rng.choice([key for key in header if key != "__metadata__"])
-    entry = dict(header[name])
-    field = rng.choice(("dtype", "shape", "data_offsets"))
-    entry[field] = rng.choice(
-        {
-            "dtype": ("F16", "BF16", "I64", "BOOL", "F8_E4M3", "C64", "X", "F64", 3),
-            "shape": ([], [0], [10**12], [1 << 32, 1 << 32], [-1], [2.5], entry["shape"][::-1], [1, *entry["shape"]]),
-            "data_offsets": (
-                [0, 4],
-                [0, 10**12],
-                [4, 0],
-                [-4, 0],
-                [0],
-                [1 << 63, 1 << 63],
-                header[name]["data_offsets"],
-            ),
-        }[field]
-    )
-    changed = {**header, name: entry}
-    if rng.random() < 0.2:
-        changed[rng.choice(("__metadata__", "../x", "extra", "bert.encoder.layer.9.x"))] = changed.pop(name)
-    return changed
 
 
 def _bin(model: Path, folder: Path, rng: Random) -> Callable[[], object]:
@@ -192,7 +85,7 @@ def _bin(model: Path, folder: Path, rng: Random) -> Callable[[], object]:
             text = mutate_json(index, rng)
         (folder / "model" / "pytorch_model.bin.index.json").write_bytes(text)
     else:
-        content = _mutated_archive(stream.getvalue(), folder / "canary", rng)
+        content = mutate_archive(stream.getvalue(), folder / "canary", rng)
         (folder / "model" / "pytorch_model.bin").write_bytes(content)
     return lambda: load_model(str(folder / "model"))
 
@@ -212,7 +105,7 @@ def _dictionary(folder: Path, rng: Random) -> Callable[[], object]:
 
 
 def _json(model: Path, sae_folder: Path, folder: Path, rng: Random) -> Callable[[], object]:
-    kind = rng.choice(("catalog", "annotations", "config", "metadata", "panel"))
+    kind = rng.choice(("catalog", "annotations", "config", "metadata", "listed", "listed"))
     catalog, labels = folder / "feature_catalog.json", folder / "feature_annotations.json"
     for path in (catalog, labels):
         shutil.copy(sae_folder / path.name, path)
@@ -223,10 +116,11 @@ def _json(model: Path, sae_folder: Path, folder: Path, rng: Random) -> Callable[
         (folder / "model" / "evil.py").write_text(f"open({str(folder / 'canary')!r}, 'w')")
         path.write_bytes(mutate_json(content, rng) if rng.random() < 0.7 else json.dumps(content).encode())
         return lambda: load_model(str(folder / "model"))
-    if kind == "panel":
-        path = folder / "panel.json"
-        path.write_bytes(mutate_json([{"layer": 0, "idx": 25, "d": 1.1, "label": "a"}, {"layer": 1, "idx": 2}], rng))
-        return lambda: read_panel(path)
+    if kind == "listed":
+        path = folder / "listed.json"
+        content, read = rng.choice(_LISTED)
+        path.write_bytes(mutate_json(content, rng))
+        return lambda: read(path)
     if kind == "metadata":
         return _metadata(folder, rng)
     mutated = catalog if kind == "catalog" else labels
@@ -234,6 +128,20 @@ def _json(model: Path, sae_folder: Path, folder: Path, rng: Random) -> Callable[
     return lambda: load_catalog(catalog, labels, N_FEATURES)
 
 
+_TRACED = [
+    {"layer": 5 * n, "idx": n, "label": "a", "n_edges": 3, "pathway": "ddr", "activation_freq": 0.1, "best_term": "b"}
+    for n in range(3)
+]
+_PAIRS = [
+    {"feature_A": a, "feature_B": b, "pathway": "ddr", "pair_type": "same_pathway"} for a in _TRACED for b in _TRACED
+]
+_LISTED: tuple[tuple[Any, Callable[[Path], object]], ...] = (
+    ([{"layer": 0, "idx": 25, "d": 1.1, "label": "a"}, {"layer": 1, "idx": 2}], read_panel),
+    ({"ddr": ["dna repair"], "rna": {"any": ["mrna"], "none": ["trna"]}}, read_pathways),
+    ([{"features": [[0, 1], [5, 2, "x"]], "type": "listed"}, *_PAIRS[1:2]], lambda path: read_combinations(path, 2)),
+    ({"per_pair_results": _PAIRS}, lambda path: choose_triplets(read_pair_summary(path), 6, (0, 5, 10))),
+    ({"features": _TRACED, "pathways": {"ddr": {}}}, lambda path: choose_pairs(read_selective_summary(path), 11, 0)),
+)
 _CODE = "evil.Evil"
 _CONFIG_TRAPS: tuple[dict[str, Any], ...] = (
     {}, {"auto_map": {"AutoConfig": _CODE, "AutoModelForMaskedLM": _CODE}},

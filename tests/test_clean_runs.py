@@ -200,7 +200,7 @@ def test_a_stream_that_is_not_finite_is_one_sentence(model, saes, cells):
     assert runs[0]
     norm = first.tail._blocks[3].parts.output_norm
     norm.bias.fill_(float("inf"))
-    with pytest.raises(UserError, match=r"cell cell0: the model's layer 4 holds NaN or infinite values"):
+    with pytest.raises(UserError, match=r"cell cell0: NaN or infinite values in the residual stream at layer 4, first"):
         CleanRuns(second, cells, before=runs)[0]
 
 

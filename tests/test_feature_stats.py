@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from cellcircuits.activations import collect_rows, draw_rows, stream
+from cellcircuits.activations import collect_rows, draw_rows, row_stops, stream
 from cellcircuits.cells import Cell
 from cellcircuits.errors import UserError
 from cellcircuits.feature_stats import (
@@ -18,7 +18,7 @@ from cellcircuits.feature_stats import (
     gene_tokens,
     loss_report,
     mask_positions,
-    masked_gene_losses,
+    masked_gene_loss,
     splice,
 )
 from cellcircuits.geneformer import encoder_blocks
@@ -75,7 +75,8 @@ def test_stream_gives_gene_positions_of_the_block_outputs(model, cells):
 def test_collected_rows_are_the_drawn_ones(model, cells):
     offsets = draw_rows([len(cell.gene_positions) for cell in cells], 50, seed=0)
     offsets[3] = offsets[3][:0]
-    rows = collect_rows(model, cells, offsets, [0, 5])
+    rows = {layer: np.full((sum(map(len, offsets)), 24), np.nan, np.float32) for layer in (0, 5)}
+    assert list(collect_rows(model, cells, offsets, rows)) == list(range(1, 10))
     for layer in (0, 5):
         expected = torch.cat(
             [plain_stream(model, cell, layer)[torch.tensor(part)] for cell, part in zip(cells, offsets, strict=True)]
@@ -87,8 +88,19 @@ def test_collected_rows_are_the_drawn_ones(model, cells):
 def test_a_model_that_gives_nan_is_refused(cells):
     broken = random_model()
     encoder_blocks(broken)[2].output.LayerNorm.bias.fill_(math.nan)
-    with pytest.raises(UserError, match=r"layer 2 .*NaN"):
-        collect_rows(broken, cells, [np.arange(3)] * len(cells), [2])
+    rows = {2: np.empty((3 * len(cells), 24), np.float32)}
+    with pytest.raises(UserError, match=r"cell c0: NaN .* layer 2"):
+        list(collect_rows(broken, cells, [np.arange(3)] * len(cells), rows))
+
+
+def test_collecting_goes_on_with_any_cell(model, cells):
+    offsets = draw_rows([len(cell.gene_positions) for cell in cells], 50, seed=0)
+    whole = {2: np.empty((50, 24), np.float32)}
+    list(collect_rows(model, cells, offsets, whole))
+    rest = {2: np.full((50, 24), 7, np.float32)}
+    assert list(collect_rows(model, cells, offsets, rest, first=4)) == [5, 6, 7, 8, 9]
+    n_before = row_stops(offsets)[4]
+    assert (rest[2][:n_before] == 7).all() and np.array_equal(rest[2][n_before:], whole[2][n_before:])
 
 
 @pytest.fixture(scope="module")
@@ -181,10 +193,11 @@ def test_masked_loss_of_every_edit_equals_a_plain_hook(model, cells, sae):
     assert all(
         len(mask) == max(1, round(0.15 * len(cell.gene_positions))) for mask, cell in zip(masks, cells, strict=True)
     )
-    edits = splice(sae)
-    losses = masked_gene_losses(
-        model, (cells, masks), 1, {"original": None, **{name: (2, edit) for name, edit in edits.items()}}
-    )
+    placed = {"original": None, **{name: (2, edit) for name, edit in splice(sae).items()}}
+    losses = {
+        name: [masked_gene_loss(model, cell, mask, 1, edit) for cell, mask in zip(cells, masks, strict=True)]
+        for name, edit in placed.items()
+    }
 
     def replaced(output, new):
         residual = output[0] if isinstance(output, tuple) else output
@@ -200,15 +213,14 @@ def test_masked_loss_of_every_edit_equals_a_plain_hook(model, cells, sae):
     }
     for name, new in plain.items():
         handle = encoder_blocks(model)[2].register_forward_hook(lambda _m, _i, output, new=new: replaced(output, new))
-        terms = []
-        for cell, mask in zip(cells, masks, strict=True):
+        for cell, mask, loss in zip(cells, masks, losses[name], strict=True):
             tokens = torch.tensor(cell.tokens)
             truth = tokens[mask].clone()
             tokens[mask] = 1
             with torch.no_grad():
-                terms.append(cross_entropy(model(tokens[None]).logits[0, mask], truth, reduction="none"))
+                terms = cross_entropy(model(tokens[None]).logits[0, mask], truth, reduction="none")
+            assert loss == pytest.approx(terms.sum().item(), rel=1e-5)
         handle.remove()
-        assert losses[name] == pytest.approx(torch.cat(terms).mean().item(), rel=1e-5)
 
 
 def test_loss_recovered_is_never_nan():

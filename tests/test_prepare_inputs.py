@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import prepare_inputs
-from cellcircuits import preparation, sae_store
+from cellcircuits import preparation, preparation_passes, sae_store
 from cellcircuits.catalog import load_catalog
 from cellcircuits.sae_store import find_sae, open_sae
 
@@ -47,7 +47,9 @@ def read(path):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file but the lock."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_what_the_experiments_read_is_made(flags, tmp_path, capsys):
@@ -76,13 +78,13 @@ def test_what_the_experiments_read_is_made(flags, tmp_path, capsys):
 
 def test_no_held_out_cell_is_trained_on(flags, study_template, monkeypatch):
     seen = {}
-    real = preparation.collect_rows
+    real = preparation_passes.collect_rows
 
-    def spy(model, cells, offsets, layers):
+    def spy(model, cells, *rest):
         seen["train"] = {cell.row for cell in cells}
-        return real(model, cells, offsets, layers)
+        return real(model, cells, *rest)
 
-    monkeypatch.setattr(preparation, "collect_rows", spy)
+    monkeypatch.setattr(preparation_passes, "collect_rows", spy)
     assert prepare_inputs.main([*flags, "--split-column", "gene", "--held-out-value", "TP53"]) == 0
     assert seen["train"] == {row for row in range(14) if row % 2}
 
@@ -202,7 +204,8 @@ def test_help_comes_without_torch():
 
 def test_masked_genes_are_shown_in_training_only(flags, monkeypatch):
     seen, counted = [], []
-    real_rows, real_add = preparation.collect_rows, preparation.GeneFeatureCounts.add_latents
+    counts = preparation_passes.GeneFeatureCounts
+    real_rows, real_add = preparation_passes.collect_rows, counts.add_latents
 
     def rows(model, cells, *rest):
         seen.extend(cells)
@@ -212,8 +215,8 @@ def test_masked_genes_are_shown_in_training_only(flags, monkeypatch):
         counted.append(cell)
         real_add(self, cell, *rest)
 
-    monkeypatch.setattr(preparation, "collect_rows", rows)
-    monkeypatch.setattr(preparation.GeneFeatureCounts, "add_latents", add)
+    monkeypatch.setattr(preparation_passes, "collect_rows", rows)
+    monkeypatch.setattr(counts, "add_latents", add)
     assert prepare_inputs.main([*flags, "--layers", "1", "--mask-share", "0.25"]) == 0
     for cell in seen:
         masked = np.flatnonzero(cell.tokens == 1)

@@ -8,18 +8,8 @@ import pytest
 
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import write_atomically, write_json
-from cellcircuits.results import (
-    claim_folder,
-    exclusive,
-    feature_record,
-    repair_record,
-    report_lines,
-    setting_differences,
-    settings_fingerprint,
-    summarise,
-)
+from cellcircuits.results import exclusive, feature_path, feature_record, repair_record, report_lines, summarise
 
-SETTINGS = {"source_layer": 5, "min_abs_d": 0.5, "saes": {"6": {"checkpoint": "aa", "mean": "bb"}}}
 FACTS = {
     "source_layer": 5, "feature_idx": 7, "label": "Cell cycle", "activation_freq": 0.25, "n_cells_active": 3,
     "n_cells_measured": 4, "elapsed_seconds": 1.5, "fingerprint": "f",
@@ -84,6 +74,23 @@ def test_report_counts_each_bin_from_its_lower_edge_to_below_the_next():
     assert lines[17].split() == ["L5/F19", "80000", "2", "term", "19"] and len(lines) == 17 + 20
 
 
+def test_report_calls_a_hub_by_its_name():
+    features = traced(2, 1)
+    features[0] |= {"label": "unannotated", "name": "(TP53, MYC)"}
+    lines = list(report_lines(summarise(5, features), features, {}))
+    assert lines[3] == "  degree histogram (edges: features)"
+    assert lines[-3:] == [
+        "  hubs (edges, active cells, label or top genes)",
+        "         L5/F0       2     1  (TP53, MYC)",
+        "         L5/F1       1     1  term 1",
+    ]
+
+
+@pytest.mark.parametrize("feature, name", [(7, "feature_0007.json"), (12345, "feature_12345.json")])
+def test_where_a_record_lies(tmp_path: Path, feature: int, name: str):
+    assert feature_path(tmp_path, feature) == tmp_path / name
+
+
 class TestFeatureRecord:
     def test_all_fields(self):
         record = feature_record(FACTS, {11: [(4, -2.0, 1.0)], 6: [(1, 0.5, 0.75), (3, -1.0, 0.8)], 17: []})
@@ -145,54 +152,6 @@ class TestRepairRecord:
         path.write_text(json.dumps(self.RECORD))
         assert repair_record(path, self.RECORD) is False
         assert path.read_text() == json.dumps(self.RECORD)  # not indented, as `write_json` would have it
-
-
-class TestClaimFolder:
-    @pytest.mark.parametrize("name", ["feature_0001.json", "exhaustive_summary.json", "edges.parquet", "blocks"])
-    def test_results_without_a_manifest_are_refused_and_left_alone(self, tmp_path: Path, name: str):
-        (tmp_path / name).mkdir() if name == "blocks" else (tmp_path / name).write_text("mine")
-        with pytest.raises(UserError, match=f"{name}.*without a manifest.json"):
-            claim_folder(tmp_path, SETTINGS, {})
-        assert [path.name for path in tmp_path.iterdir()] == [name]  # not even a lock file is added
-        assert name == "blocks" or (tmp_path / name).read_text() == "mine"
-
-    def test_a_folder_with_other_things_is_taken(self, tmp_path: Path):
-        (tmp_path / "notes.txt").write_text("mine")
-        assert claim_folder(tmp_path, SETTINGS, {}) == settings_fingerprint(SETTINGS)
-
-    def test_every_difference_is_named_and_nothing_changes(self, tmp_path: Path):
-        claim_folder(tmp_path, SETTINGS, {})
-        before = (tmp_path / "manifest.json").read_bytes()
-        other = {"source_layer": 5, "min_abs_d": 0.8, "saes": {"6": {"checkpoint": "aa", "mean": "cc"}}, "new": 1}
-        with pytest.raises(UserError) as refused:
-            claim_folder(tmp_path, other, {"device": "cuda"})
-        expected = 'min_abs_d is 0.5 there and 0.8 here; saes.6.mean is "bb" there and "cc" here; new is null there'
-        assert expected in str(refused.value) and "source_layer" not in str(refused.value)
-        assert (tmp_path / "manifest.json").read_bytes() == before
-
-    def test_long_values_are_cut(self):
-        (difference,) = setting_differences({"cells": "a" * 64}, {"cells": "b" * 64})
-        assert difference == f'cells is "{"a" * 13}... there and "{"b" * 13}... here'
-
-    def test_provenance_grows_by_what_is_new_only(self, tmp_path: Path):
-        cpu, gpu = {"device": "cpu"}, {"device": "cuda"}
-        fingerprints = {claim_folder(tmp_path, SETTINGS, origin) for origin in (cpu, cpu, gpu, cpu)}
-        manifest = json.loads((tmp_path / "manifest.json").read_text())
-        assert manifest == {"schema_version": 1, "settings": SETTINGS, "provenance": [cpu, gpu]}
-        assert fingerprints == {settings_fingerprint(SETTINGS)}
-
-    def test_fingerprint_depends_on_every_value_and_on_no_order(self):
-        print_of = settings_fingerprint(SETTINGS)
-        assert settings_fingerprint(dict(reversed(SETTINGS.items()))) == print_of
-        assert settings_fingerprint(SETTINGS | {"saes": {"6": {"checkpoint": "aa", "mean": "bc"}}}) != print_of
-        assert len(print_of) == 64
-
-    @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"settings": {}}', '{"settings": {"source_layer": "5"}}'])
-    def test_a_file_that_is_no_manifest_is_refused(self, tmp_path: Path, content: str):
-        (tmp_path / "manifest.json").write_text(content)
-        with pytest.raises(UserError, match=r"manifest\.json"):
-            claim_folder(tmp_path, SETTINGS, {})
-        assert (tmp_path / "manifest.json").read_text() == content
 
 
 class TestExclusive:

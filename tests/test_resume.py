@@ -13,7 +13,7 @@ from transformers import BertForMaskedLM
 
 from cellcircuits import graph_store
 from cellcircuits.effects import Bench
-from cellcircuits.results import open_folder, settings_fingerprint
+from cellcircuits.manifest import open_folder, settings_fingerprint
 from cellcircuits.sae_store import find_sae
 from cellcircuits.tracing import BlockEffects
 from conftest import Study, random_model
@@ -47,7 +47,7 @@ class TestPartialWork:
             shape = (len(BLOCK), N_CELLS)
             arrays = {
                 "features": np.array(BLOCK),
-                "effects": np.ones((*shape, N_TARGETS)),
+                "effects": np.ones((shape[0] * shape[1], N_TARGETS)),
                 "measured": np.ones(shape, dtype=bool),
                 "seconds": np.ones(len(BLOCK)),
                 "fingerprint": np.array(settings_fingerprint(open_folder(out_dir)["settings"])),
@@ -165,18 +165,21 @@ class TestNotFinite:
 
         monkeypatch.setattr(Bench, "effects", broken)
         sentence = refusal(capsys, trace(study_template, out_dir, "--end-idx", "32"))
-        assert "cell cell" in sentence and "not finite" in sentence
+        assert "cell cell" in sentence and "NaN or infinite values in the effect of an ablation" in sentence
         assert [path.name for path in (out_dir / "blocks").iterdir()] == ["block_00000.parquet"]
         assert {path.name for path in out_dir.glob("feature_*.json")} == {f"feature_{i:04d}.json" for i in BLOCK}
         monkeypatch.undo()
         assert trace(study_template, out_dir, "--end-idx", "32") == 0
         assert (out_dir / "blocks" / "block_00016.parquet").exists()
 
-    @pytest.mark.parametrize("layer, words", [(0, "layer 1 holds NaN"), (3, "effects on its activations")])
+    @pytest.mark.parametrize(
+        "layer, words",
+        [(0, "NaN or infinite values in the residual stream at layer 1, first at"), (3, "layer 4, first at")],
+    )
     def test_a_broken_model(self, study_template: Study, tmp_path: Path, capsys, layer: int, words: str):
         model = BertForMaskedLM.from_pretrained(study_template.model)
         with torch.no_grad():
-            model.bert.encoder.layer[layer].output.dense.weight[0, 0] = float("nan")
+            model.bert.encoder.layer[layer].output.dense.weight[0] = 3e38  # finite, but its products are not
         model.save_pretrained(tmp_path / "broken")
         flags = ("--model", str(tmp_path / "broken"), "--dicts", str(study_template.model / "geneformer"))
         assert words in refusal(capsys, trace(study_template, tmp_path / "out", *flags))

@@ -1,11 +1,14 @@
 """Training of TopK SAEs, and the sampling of the rows it trains on."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from cellcircuits import preparation_state, sae_training
 from cellcircuits.activations import draw_rows, layer_groups, split_at_random, split_by
 from cellcircuits.cells import Cell
 from cellcircuits.errors import UserError
@@ -120,6 +123,39 @@ def test_rate_warms_up_and_decays_to_nothing():
 def test_hopeless_trainings_are_user_errors(rows, settings, message):
     with pytest.raises(UserError, match=message):
         train_sae(rows, settings, CPU)
+
+
+@pytest.mark.parametrize("n_steps", [1, 7, 15, 16, 40])
+def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, monkeypatch, n_steps):
+    settings = replace(QUICK, epochs=3, lr=0.03, dead_after=0.02)  # 15 steps each; some features are dead now and then
+    rows = sparse_rows(2000)
+    whole, record = train_sae(rows, settings, CPU)
+    assert max(entry["n_dead"] for entry in record["log"]) > 0
+    monkeypatch.setattr(preparation_state, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(sae_training, "_step", stop_after(n_steps, sae_training._step))
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(rows, settings, CPU, "SAE", kept_in(tmp_path))
+    monkeypatch.undo()
+    resumed, again = train_sae(rows, settings, CPU, "SAE", kept_in(tmp_path))
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key])
+    del record["elapsed_seconds"], again["elapsed_seconds"]
+    assert record == again
+
+
+def stop_after(n, real):
+    numbers = itertools.count()
+
+    def step(*args):
+        if next(numbers) == n:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    return step
+
+
+def kept_in(folder):
+    return preparation_state.open_unfinished(folder, "layer", {"layer": 1}, {}, mix_versions=False)
 
 
 def test_fewer_rows_than_a_batch_still_train():

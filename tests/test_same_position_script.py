@@ -11,7 +11,7 @@ import pytest
 import exhaustive_feature_tracing as script
 import look_up_feature
 import make_figures
-from cellcircuits import cli, results, same_position, same_position_check
+from cellcircuits import manifest, results, same_position, same_position_check
 from cellcircuits.cells import CellSelection, load_cells
 from cellcircuits.claims import claimed
 from cellcircuits.effects import Bench
@@ -81,9 +81,9 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Features of every check that was made."""
     made: list[list[int]] = []
 
-    def counted(total, same, cells, features, rule):
+    def counted(total, same, cells, features, rule, kept):
         made.append(list(features))
-        return run_check(total, same, cells, features, rule)
+        return run_check(total, same, cells, features, rule, kept)
 
     monkeypatch.setattr(same_position_check, "run_check", counted)
     return made
@@ -192,10 +192,10 @@ class TestCheck:
     def test_content(self, finished: Path, benches, cells):
         total, same = benches
         record = read(finished / NAME)
-        manifest = read(finished / "manifest.json")
+        kept = read(finished / "manifest.json")
         assert record["fingerprint"] == read(finished / "feature_0001.json")["fingerprint"]
         assert record["features"] == sample_features([i for i in range(20) if i != 3], 4)
-        assert record["n_cells"] == manifest["settings"]["n_cells"] == 12
+        assert record["n_cells"] == kept["settings"]["n_cells"] == 12
         expected = run_check(total, same, [total.clean(cell) for cell in cells], record["features"], EdgeRule())
         for key in expected.keys() - set(TIMES):
             assert record[key] == expected[key], key
@@ -239,13 +239,43 @@ class TestCheck:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(same_position_check, "run_check", interrupted)
-        assert trace(study_template, tmp_path, *SAME) == cli.EXIT_INTERRUPTED
+        assert trace(study_template, tmp_path, *SAME) == 130
         expected = results_of(finished)
         assert results_of(tmp_path) == {name: content for name, content in expected.items() if name != NAME}
         monkeypatch.undo()
         monkeypatch.setattr(Tracer, "trace_one", lambda *_: pytest.fail("traced again"))
         assert trace(study_template, tmp_path, *SAME) == 0
         assert results_of(tmp_path) == expected
+
+    @pytest.mark.parametrize("n_calls, kept", [(5, ["total_00000"]), (11, ["same_00000", "total_00000"])])
+    def test_an_interrupted_check_goes_on(
+        self, study_template: Study, finished: Path, tmp_path: Path, monkeypatch, n_calls: int, kept: list[str]
+    ):
+        """Told to stop in the first or the second of its two measurements, each of 12 cells."""
+        out_dir = shutil.copytree(finished, tmp_path / "out")
+        (out_dir / NAME).unlink()
+        calls, limit, real = [], [0], {bench: bench.effects for bench in (Bench, SamePositionBench)}
+
+        def counted(self, clean, features):
+            calls.append(type(self))
+            if len(calls) == limit[0]:
+                raise KeyboardInterrupt
+            return real[type(self)](self, clean, features)
+
+        monkeypatch.setattr(Tracer, "check_engine", lambda *_: None)
+        for bench in real:
+            monkeypatch.setattr(bench, "effects", counted)
+        assert trace(study_template, shutil.copytree(out_dir, tmp_path / "in one go"), *SAME) == 0
+        in_full, limit[0] = len(calls), n_calls
+        calls.clear()
+        assert trace(study_template, out_dir, *SAME) == 130
+        names = [path.name for path in sorted((out_dir / "partial").iterdir())]
+        assert names == [f"same_position_check_{name}.npz" for name in kept]
+        limit[0] = 0
+        calls.clear()
+        assert trace(study_template, out_dir, *SAME) == 0
+        assert results_of(out_dir) == results_of(finished) and not (out_dir / "partial").exists()
+        assert len(calls) == in_full - (n_calls - 1)  # each cell is one batch
 
     def test_a_half_written_record_is_removed_and_a_whole_one_is_a_result(self, finished: Path, tmp_path: Path):
         half_written = tmp_path / f".{NAME}.17.0a1b2c3d.tmp"
@@ -254,7 +284,7 @@ class TestCheck:
             assert not half_written.exists()
         shutil.copy(finished / NAME, tmp_path)
         with pytest.raises(UserError, match=NAME):
-            results.claim_folder(tmp_path, {}, {})
+            manifest.claim_folder(tmp_path, {}, {})
 
     def test_another_process_at_it(self, study_template: Study, finished: Path, tmp_path: Path, checks: list, caplog):
         caplog.set_level("INFO")

@@ -13,7 +13,6 @@ import pytest
 
 import exhaustive_feature_tracing
 import selective_feature_tracing as script
-from cellcircuits import cli
 from cellcircuits.best_annotated import annotation_score, best_annotated
 from cellcircuits.catalog import load_catalog
 from cellcircuits.effects import Bench
@@ -298,7 +297,7 @@ class TestScript:
             return real(self, clean, features)
 
         monkeypatch.setattr(Bench, "effects", interrupted)
-        assert trace(annotated, tmp_path) == cli.EXIT_INTERRUPTED
+        assert trace(annotated, tmp_path) == 130
         assert not (tmp_path / "selective_summary.json").exists()
         capsys.readouterr()
         assert script.main(["--out-dir", str(tmp_path), "--analysis-only"]) == 0

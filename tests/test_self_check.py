@@ -53,6 +53,16 @@ class TestPrecision:
         assert "disagree" in refusal(capsys, trace(study_template, tmp_path, "--precision", mode))
 
 
+def test_a_full_pass_that_gives_no_numbers_does_not_pass_for_agreement(
+    study_template: Study, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    def no_numbers(bench: Bench, cell, feature: int):
+        return {layer: effects * np.nan for layer, effects in ablation_effect(bench, cell, feature).items()}
+
+    monkeypatch.setattr("cellcircuits.effects.ablation_effect", no_numbers)
+    assert "NaN or infinite values in the effect of an ablation" in refusal(capsys, trace(study_template, tmp_path))
+
+
 class TestMemory:
     @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
     def test_one_sentence(self, error: RuntimeError):

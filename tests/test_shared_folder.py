@@ -17,7 +17,8 @@ import pytest
 from cellcircuits import results
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import create_json, write_json
-from cellcircuits.results import claim_folder, exclusive, one_at_a_time, settings_fingerprint, shared
+from cellcircuits.manifest import claim_folder, settings_fingerprint
+from cellcircuits.results import exclusive, one_at_a_time, shared
 
 SETTINGS = {"source_layer": 5, "min_abs_d": 0.5}
 

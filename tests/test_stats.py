@@ -49,7 +49,7 @@ def test_fewer_than_two_cells(n_cells: int) -> None:
     statistics = effect_statistics(effects, RULE)
     assert statistics.n_cells == n_cells
     assert statistics.d.tolist() == statistics.consistency.tolist() == [0.0] * 3
-    assert statistics.is_edge.tolist() == [False] * 3
+    assert statistics.is_edge.tolist() == [False] * 3 and statistics.is_edge.dtype == bool
     assert statistics.mean.tolist() == [2.0 * n_cells] * 3
     assert cohens_d(effects).tolist() == [0.0] * 3
 

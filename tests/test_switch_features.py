@@ -197,5 +197,6 @@ class TestActivations:
     def test_a_broken_model_is_named(self):
         model = random_model()
         model.bert.encoder.layer[0].output.dense.weight += float("nan")
-        with pytest.raises(UserError, match="layer 1 gives NaN or infinite values for cell c0"):
+        words = "cell c0: NaN or infinite values in the residual stream at layer 1, first at position"
+        with pytest.raises(UserError, match=words):
             switches.cell_activations(model, {1: random_sae(1, 24, 40, 4)}, self.cells())

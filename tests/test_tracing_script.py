@@ -17,7 +17,7 @@ import exhaustive_feature_tracing as script
 import look_up_feature
 import make_figures
 import reference
-from cellcircuits import trace_run, tracing
+from cellcircuits import tracing
 from cellcircuits.cells import CellSelection, load_cells
 from cellcircuits.effects import Bench
 from cellcircuits.geneformer import load_model
@@ -176,7 +176,7 @@ def test_a_damaged_file_is_made_again_and_said(
 def test_killed_in_the_middle_of_a_block_goes_on_from_the_saved_cells(
     study_template: Study, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(trace_run, "SAVE_EVERY_SECONDS", -1.0)
+    monkeypatch.setattr(tracing, "SAVE_EVERY_SECONDS", -1.0)
     real, calls = Bench.effects, []
 
     def interrupted(self, clean, features):

@@ -10,7 +10,7 @@ from scipy import sparse
 from scipy.stats import spearmanr
 
 import trajectory_analysis as script
-from cellcircuits import trajectory
+from cellcircuits import activations, manifest, trajectory
 from conftest import Study, write_study
 
 TYPES = ("hematopoietic stem cell", "monocyte")
@@ -110,7 +110,7 @@ class TestFiles:
                 assert summary["n_switch_features"][layer][kind] == n
             assert 0 < summary["n_tested"][layer] <= 40
         assert summary["seeds"] == {"cells": 42, "scanpy": 0}
-        assert set(summary["versions"]) == {"torch", "transformers", "numpy", "scanpy"}
+        assert set(summary["versions"]) >= {"torch", "transformers", "numpy", "scanpy"}
         assert "pooled SD" in summary["rule"]
         assert summary["selection"]["n_cells"] == 500
 
@@ -179,6 +179,58 @@ class TestFolder:
         kept = (out_dir / "switch_features.json").read_bytes()
         assert said in refusal(capsys, study, out_dir, *flags)
         assert (out_dir / "switch_features.json").read_bytes() == kept
+
+
+class TestInterrupted:
+    """Told to stop at the cells of a pass over 40, a run goes on there and ends as if nothing had been."""
+
+    @pytest.fixture
+    def cells_run(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Names of the cells that were run through the model; "stop" in it stops before that many further cells."""
+        real, seen = activations.residuals, []
+
+        def counted(model, tokens, layers):
+            if seen and seen[0] == len(seen):
+                raise KeyboardInterrupt
+            seen.append("cell")
+            return real(model, tokens, layers)
+
+        monkeypatch.setattr(activations, "residuals", counted)
+        return seen
+
+    def test_it_goes_on_and_ends_the_same(self, study, out_dir, tmp_path, cells_run, capsys):
+        flags = ("--follow-genes", "GENE59,ENSG00000000000")
+        for n_cells in (13, 9):
+            cells_run[:] = [n_cells + 1]
+            assert analyse(study, tmp_path, *flags) == 130
+            assert "run the same command again to go on" in capsys.readouterr().err
+        kept = sorted(path.name for path in (tmp_path / "partial").iterdir())
+        assert kept == ["rows_0000000.npz", "rows_0000013.npz"]
+        assert not list(tmp_path.glob("*.npz"))  # nothing half-finished passes for a result
+        cells_run[:] = [-1]
+        assert analyse(study, tmp_path, *flags) == 0
+        assert len(cells_run) == 1 + 40 - 13 - 9
+        names = [path.name for path in sorted(out_dir.iterdir())]
+        assert [path.name for path in sorted(tmp_path.iterdir())] == names
+        assert {name: (tmp_path / name).read_bytes() for name in names} == {
+            name: (out_dir / name).read_bytes() for name in names
+        }
+
+    def test_other_settings_do_not_go_on_there(self, study, tmp_path, cells_run, capsys):
+        cells_run[:] = [3]
+        assert analyse(study, tmp_path) == 130
+        assert "n_cells is 40 there and 30 here" in refusal(capsys, study, tmp_path, "--n-cells", "30")
+
+    def test_another_version_of_the_code_is_refused_unless_mixed(self, study, tmp_path, cells_run, capsys, monkeypatch):
+        cells_run[:] = [3]
+        assert analyse(study, tmp_path) == 130
+        cells_run[:] = [-1]
+        monkeypatch.setattr(manifest, "code_hash", lambda: "0" * 64)
+        capsys.readouterr()
+        assert "the code in src/ has changed" in refusal(capsys, study, tmp_path)
+        assert analyse(study, tmp_path, "--mix-versions") == 0
+        kept = content(tmp_path, "manifest.json")["provenance"]
+        assert len(kept) == 2 and kept[1]["code"] == "0" * 64
 
 
 class TestRefusals:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import exhaustive_feature_tracing as script
-from cellcircuits import claims, graph_store, trace_run
+from cellcircuits import claims, graph_store, trace_run, tracing
 from cellcircuits.claims import claimed
 from cellcircuits.effects import Bench
 from cellcircuits.graph_store import shard_path
@@ -32,11 +32,11 @@ from pathlib import Path
 import anndata
 from transformers import BertForMaskedLM
 import exhaustive_feature_tracing as script
-from cellcircuits import graph_store, inputs, trace_folder, trace_run
+from cellcircuits import graph_store, inputs, trace_folder, trace_run, tracing
 from cellcircuits.effects import Bench
 
 graph_store.BLOCK_SIZE = 4
-trace_run.SAVE_EVERY_SECONDS = -1.0
+tracing.SAVE_EVERY_SECONDS = -1.0
 trace_run.Tracer.check_engine = lambda *_: None
 real = Bench.effects
 
@@ -243,7 +243,7 @@ class TestBesideAnother:
         self, study_template: Study, left: Path, alone: Path, monkeypatch
     ):
         """The other's claim, partial and shard stay as they are, and no edge is there twice."""
-        monkeypatch.setattr(trace_run, "SAVE_EVERY_SECONDS", -1.0)
+        monkeypatch.setattr(tracing, "SAVE_EVERY_SECONDS", -1.0)
         real, path, n_calls = Bench.effects, shard_path(left, 4), []
         partial, others = path.with_suffix(".partial.npz"), path.with_suffix(".claim.1")
 
@@ -291,7 +291,7 @@ def test_a_failed_run_gives_the_block_back(study_template: Study, tmp_path: Path
         return real(self, clean, features) * (np.nan if len(n_calls) == 5 else 1)
 
     monkeypatch.setattr(Bench, "effects", broken)
-    assert "not finite" in refusal(capsys, trace(study_template, tmp_path))
+    assert "NaN or infinite values in the effect of an ablation" in refusal(capsys, trace(study_template, tmp_path))
     assert list((tmp_path / "blocks").iterdir()) == []
 
 

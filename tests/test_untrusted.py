@@ -55,7 +55,7 @@ class TestPickles:
         self.refused(path, b"}r\xff\xff\xff\x7fX\x01\x00\x00\x00aK\x01s.", "2147483647 notes")
 
     def test_an_integer_that_python_does_not_print(self, path: Path) -> None:
-        self.refused(path, pickle.dumps({"ENSG1": 1 << 70_000}), "is a int, not a non-negative")
+        self.refused(path, pickle.dumps({"ENSG1": 1 << 70_000}), "an integer of 70001 bits")
 
     def test_very_many_opcodes(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("cellcircuits.pickle_check.MAX_OPCODES", 50)
@@ -179,7 +179,7 @@ class TestJson:
         labels = {"0": [{"term": "/etc/../passwd\n\x00"}]}
         (tmp_path / "a.json").write_text(json.dumps({"feature_annotations": labels}))
         info = load_catalog(tmp_path / "c.json", tmp_path / "a.json", 1)[0]
-        assert (info.label, info.top_genes) == ("/etc/../passwd \x00", ("../../x ?",))
+        assert (info.label, info.top_genes) == ("/etc/../passwd \\x00", ("../../x ?",))
         assert set(Path.cwd().iterdir()) == before
 
 
@@ -335,8 +335,7 @@ class TestFuzzing:
     )  # fmt: skip
     def test_mutants(self, every_kind: list[Kind], name: str, n: int, tmp_path: Path) -> None:
         (kind,) = (kind for kind in every_kind if kind.name == name)
-        _, faults, *_ = fuzz(kind, n, 0, tmp_path / "mutant")
-        assert faults == []
+        assert fuzz(kind, n, 0, tmp_path / "mutant").faults == []
 
     def test_faults_are_seen(self, tmp_path: Path) -> None:
         """The runner itself must notice what it looks for."""

@@ -176,7 +176,7 @@ def test_wrong_token_content(tmp_path, tokens):
         load_vocabulary([tmp_path], 9)
 
 
-@pytest.mark.parametrize("median", [0.0, -1.0, float("nan"), float("inf"), "1", None, 10**400])
+@pytest.mark.parametrize("median", [0.0, -1.0, float("nan"), float("inf"), "1", None])
 def test_wrong_median_content(tmp_path, median):
     write_dictionaries(tmp_path, "", 5, medians={"ENSG1": median})
     with pytest.raises(UserError, match=r"gene_median_dictionary.pkl: the median of 'ENSG1'"):

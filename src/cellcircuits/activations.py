@@ -1,4 +1,4 @@
-"""Residual streams of many cells: streamed through, or sampled into memory; never written to disk.
+"""Residual streams of many cells: streamed through, or sampled into memory.
 
 One cell is run at a time without padding, gene positions only, nothing subtracted. Which rows are kept is
 drawn before the model runs, so that every layer gives the same positions.
@@ -17,6 +17,7 @@ from transformers import BertForMaskedLM
 
 from cellcircuits.cells import Cell
 from cellcircuits.errors import UserError
+from cellcircuits.finite import require_finite, stream_at
 from cellcircuits.geneformer import residuals
 
 FLOAT32_BYTES = 4
@@ -120,7 +121,7 @@ def layer_groups(layers: Sequence[int], bytes_per_layer: int, max_bytes: int) ->
 
 
 def stream(
-    model: BertForMaskedLM, cells: Iterable[Cell], layers: Sequence[int], what: str
+    model: BertForMaskedLM, cells: Iterable[Cell], layers: Sequence[int], what: str, first: int = 0
 ) -> Iterator[tuple[int, Cell, Mapping[int, Tensor]]]:
     """Run cells one by one.
 
@@ -129,46 +130,58 @@ def stream(
         cells: the cells.
         layers: block indices to read.
         what: the progress bar's text.
+        first: number of the cell to begin with.
 
     Yields:
         Number of the cell, the cell, {layer: (n_gene, d_model) residual stream on the model's device}.
+
+    Raises:
+        UserError: the model gives NaN or infinite values.
     """
-    for number, cell in enumerate(tqdm(list(cells), desc=what, unit="cell", disable=None)):
+    cells = list(cells)
+    bar = tqdm(cells[first:], desc=what, unit="cell", disable=None, initial=first, total=len(cells))
+    for number, cell in enumerate(bar, first):
         tokens = torch.tensor(cell.tokens, device=model.device)[None]  # (1, n_pos)
         positions = torch.tensor(cell.gene_positions, device=model.device)
         with torch.inference_mode():
             streams = residuals(model, tokens, layers)
             picked = {layer: streams[layer][0, positions] for layer in layers}
+        for layer, residual in picked.items():
+            require_finite(residual, cell, stream_at(layer), cell.gene_positions)
         yield number, cell, picked  # outside the `with`, which would else stay open in the caller
 
 
 def collect_rows(
-    model: BertForMaskedLM, cells: Sequence[Cell], offsets: Sequence[np.ndarray], layers: Sequence[int]
-) -> dict[int, np.ndarray]:
-    """Gather the drawn rows of several layers in one pass.
+    model: BertForMaskedLM,
+    cells: Sequence[Cell],
+    offsets: Sequence[np.ndarray],
+    rows: Mapping[int, np.ndarray],
+    first: int = 0,
+) -> Iterator[int]:
+    """Gather the drawn rows of several layers in one pass, cell by cell.
 
     Args:
         model: the Geneformer.
         cells: training cells.
         offsets: from `draw_rows`, one array per cell.
-        layers: block indices.
+        rows: {layer: (n_rows, d_model) float32}, filled in the order of the cells.
+        first: number of the cell to begin with; the rows of those before it are left as they are.
 
-    Returns:
-        {layer: (n_rows, d_model) float32}, rows in the order of the cells.
+    Yields:
+        How many cells' rows are there, after each cell.
 
     Raises:
         UserError: the model gives NaN or infinite values.
     """
-    n_rows = sum(len(part) for part in offsets)
-    rows = {layer: np.empty((n_rows, model.config.hidden_size), dtype=np.float32) for layer in layers}
-    start = 0
-    used = [(cell, part) for cell, part in zip(cells, offsets, strict=True) if len(part)]
-    for number, cell, streams in stream(model, [cell for cell, _ in used], layers, "sampling rows"):
-        part = used[number][1]
+    stops = row_stops(offsets)
+    for number, _, streams in stream(model, cells, list(rows), "sampling rows", first):
+        part, stop = offsets[number], stops[number + 1]
         for layer, residual in streams.items():
             picked = residual[torch.tensor(part, device=residual.device)]
-            if not torch.isfinite(picked).all():
-                raise UserError(f"The model's layer {layer} gives NaN or infinite values for cell {cell.name}.")
-            rows[layer][start : start + len(part)] = picked.cpu().numpy()
-        start += len(part)
-    return rows
+            rows[layer][stop - len(part) : stop] = picked.cpu().numpy()
+        yield number + 1
+
+
+def row_stops(offsets: Sequence[np.ndarray]) -> np.ndarray:
+    """How many rows the first 0, 1, 2, ... cells have together, (n_cells + 1,) int64."""
+    return np.cumsum([0, *map(len, offsets)])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cellcircuits.errors import UserError
+from cellcircuits.errors import UserError, printable
 from cellcircuits.jsonio import read_json
 
 UNANNOTATED = "unannotated"
@@ -87,8 +87,8 @@ def display_name(label: str, top_genes: Sequence[str]) -> str:
 
 
 def _printable(text: str) -> str:
-    """One line of valid Unicode, whatever the file holds."""
-    return " ".join(text.encode("utf-8", "replace").decode().split())
+    """One line, whatever the file holds."""
+    return printable(" ".join(text.split()))
 
 
 def _feature_info(entry: Mapping[str, Any], annotations: Mapping[str, list[dict[str, Any]]]) -> FeatureInfo:

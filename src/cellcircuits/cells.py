@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellcircuits.errors import UserError
-from cellcircuits.tokenizer import TOKENIZATIONS, n_gene_limit, rank_tokens, wrap
+from cellcircuits.tokenizer import TOKENIZATIONS, n_expressed, n_gene_limit, rank_tokens, wrap
 from cellcircuits.vocabulary import GeneVocabulary
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from cellcircuits.genes import GeneMatch
 
 MIN_MAX_TOKENS = 3
+NO_KNOWN_GENE = "no expressed gene has a token"
+TOO_SHALLOW = "fewer counts than --downsample-to"
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,12 @@ class CellSet:
     cells: tuple[Cell, ...]
     report: dict[str, Any]
 
+    def seeds(self) -> dict[str, int]:
+        """The seed of every draw that was made, for the run's record."""
+        selection = self.report["selection"]
+        draws = ("cells",) if selection.get("downsample_to") is None else ("cells", "downsampling")
+        return dict.fromkeys(draws, selection["seed"])
+
     def fingerprint(self) -> str:
         """SHA-256 over the names and tokens of all cells, in order."""
         digest = hashlib.sha256()
@@ -153,7 +161,7 @@ def load_cells(path: Path, vocabulary: GeneVocabulary, selection: CellSelection,
         matrix, rows, dropped = _equal_depth(matrix, rows, obs.index, selection, str(path))
     totals = np.asarray(matrix.counts.sum(axis=0)).ravel()  # (n_columns,)
     genes = match_genes(matrix.var, selection.gene_column, totals, vocabulary, where)
-    ranked = _rank_cells(matrix, genes, selection.tokenization)
+    ranked, n_without_rank = _rank_cells(matrix, genes, selection.tokenization)
     _check_mapping(where, genes, ranked, selection)
     names = [str(name) for name in obs.index[rows]]
     cells = tuple(
@@ -171,14 +179,8 @@ def load_cells(path: Path, vocabulary: GeneVocabulary, selection: CellSelection,
         "n_rows_in_file": len(obs),
         "n_rows_matched": len(matched),
         "n_rows_selected": n_selected,
-        "dropped_cells": [
-            *dropped,
-            *(
-                {"name": name, "row": int(row), "reason": "no expressed gene has a token"}
-                for name, row, tokens in zip(names, rows, ranked, strict=True)
-                if not len(tokens)
-            ),
-        ],
+        **_dropped_report(dropped, names, rows, ranked),
+        "n_without_rank": n_without_rank,
         "max_tokens": min(selection.max_tokens, model_positions),
         **_token_report(cells, ranked, limit),
         "notes": mixture_notes(obs, matched, selection),
@@ -207,14 +209,29 @@ def _equal_depth(
     return downsampled(matrix, np.flatnonzero(deep), rows[deep], depth, selection.seed), rows[deep], dropped
 
 
-def _rank_cells(matrix: "CountMatrix", genes: "GeneMatch", tokenization: str) -> list[np.ndarray]:
-    """Uncut gene tokens of every cell; empty where it expresses no known gene."""
+def _dropped_report(
+    too_shallow: list[dict[str, Any]], names: list[str], rows: np.ndarray, ranked: list[np.ndarray]
+) -> dict[str, Any]:
+    """The selected cells that are not used, counted by reason and one by one."""
+    empty = [
+        {"name": name, "row": int(row), "reason": NO_KNOWN_GENE}
+        for name, row, tokens in zip(names, rows, ranked, strict=True)
+        if not len(tokens)
+    ]
+    counted = {TOO_SHALLOW: len(too_shallow), NO_KNOWN_GENE: len(empty)}
+    return {
+        "n_dropped_cells": {reason: n for reason, n in counted.items() if n},
+        "dropped_cells": [*too_shallow, *empty],
+    }
+
+
+def _rank_cells(matrix: "CountMatrix", genes: "GeneMatch", tokenization: str) -> tuple[list[np.ndarray], int]:
+    """Uncut gene tokens of every cell, empty where there are none, and how many expressed known genes have no rank."""
     counts = matrix.counts
     bounds = zip(counts.indptr[:-1], counts.indptr[1:], strict=True)
-    return [
-        rank_tokens(counts.indices[start:stop], counts.data[start:stop], genes.columns, tokenization)
-        for start, stop in bounds
-    ]
+    of_cells = [(counts.indices[start:stop], counts.data[start:stop], genes.columns) for start, stop in bounds]
+    ranked = [rank_tokens(*of_cell, tokenization) for of_cell in of_cells]
+    return ranked, sum(n_expressed(*of_cell) for of_cell in of_cells) - sum(map(len, ranked))
 
 
 def _check_mapping(where: str, genes: "GeneMatch", ranked: list[np.ndarray], selection: CellSelection) -> None:
@@ -263,6 +280,7 @@ def _token_report(cells: tuple[Cell, ...], ranked: list[np.ndarray], limit: int)
         "max_gene_tokens": limit,
         "n_cells": len(cells),
         "n_cells_truncated": sum(len(tokens) > limit for tokens in ranked),
+        "n_gene_tokens_truncated": sum(max(0, len(tokens) - limit) for tokens in ranked),
         "median_gene_tokens": float(np.median(n_gene)),
         "min_gene_tokens": int(n_gene.min()),
         "max_gene_tokens_of_a_cell": int(n_gene.max()),

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from cellcircuits.errors import UserError
+from cellcircuits.errors import UserError, cannot_write
 
 EXPIRE_SECONDS = 600.0
 TOUCH_EVERY_SECONDS = 30.0
@@ -83,13 +83,16 @@ def claimed(target: Path) -> Iterator[Claim | None]:
         return
     over = threading.Event()
     heartbeat = threading.Thread(target=_keep_fresh, args=(claim.stream, over), daemon=True)
-    heartbeat.start()
     try:
+        heartbeat.start()
         yield claim
     finally:
         over.set()
-        heartbeat.join()  # before the stream is closed and its number may stand for another file
-        claim.release()
+        try:
+            if heartbeat.is_alive():
+                heartbeat.join()  # before the stream is closed and its number may stand for another file
+        finally:  # a signal may come at any of these lines
+            claim.release()
 
 
 def is_claimed(target: Path) -> bool:
@@ -108,8 +111,13 @@ def _take(target: Path) -> Claim | None:
     # Between the look and the making, the claims seen may have been released and others have begun anew below, or an
     # owner above may have been about to release and have removed this one with its own. Where two processes see each
     # other here, both give way, and the next look finds the file free.
-    others = [path for path in _generations(target).values() if path != claim.path]
-    if any(_is_alive(path) for path in others) or not claim.is_there():
+    try:
+        others = [path for path in _generations(target).values() if path != claim.path]
+        is_mine = not any(_is_alive(path) for path in others) and claim.is_there()
+    except BaseException:  # a signal, or an error of the file system
+        claim.withdraw()
+        raise
+    if not is_mine:
         claim.withdraw()
         return None
     return claim
@@ -123,7 +131,7 @@ def _make(path: Path) -> Claim | None:
     except OSError as error:
         if isinstance(error, FileExistsError) and path.parent.is_dir():
             return None
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free or choose another folder.") from None
+        raise cannot_write(path, error) from None
     try:
         locked = _lock(stream, fcntl.LOCK_EX)
         # Only now does it say anything: others try the lock of a claim only after they have read whose it is, so
@@ -137,11 +145,14 @@ def _make(path: Path) -> Claim | None:
                 "is_locked": bool(locked),
             }
         ).encode()
-        stream.write(content)
-    except OSError as error:
+        if stream.write(content) < len(content):  # unbuffered: the part that fits is no error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except BaseException as error:  # a signal too: a claim that says nothing counts as living for ten minutes
         _remove(path)
         stream.close()
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free or choose another folder.") from None
+        if isinstance(error, OSError):
+            raise cannot_write(path, error) from None
+        raise
     return Claim(path, stream, content)
 
 

@@ -10,8 +10,9 @@ import torch
 
 from cellcircuits.cells import Cell
 from cellcircuits.device import host_memory, is_out_of_memory, kept_on_host
-from cellcircuits.effects import Bench, CleanCell, TopKLatents, require_finite_stream
+from cellcircuits.effects import Bench, CleanCell, TopKLatents
 from cellcircuits.errors import UserError
+from cellcircuits.finite import require_finite_stream
 
 SHARE_OF_MEMORY = 0.25
 
@@ -93,7 +94,8 @@ def continued(bench: Bench, earlier: Bench, clean: CleanCell) -> CleanCell:
     source = clean.targets.get(bench.source_layer)
     if source is None:
         positions = torch.from_numpy(clean.cell.gene_positions).to(bench.device)
-        source = TopKLatents.of(bench.saes[bench.source_layer], residual[positions]).kept()
+        sae = bench.saes[bench.source_layer]
+        source = TopKLatents.of_cell(sae, residual[positions], clean.cell, bench.source_layer).kept()
     targets = {layer: clean.targets[layer] for layer in bench.targets}
     return CleanCell(clean.cell, kept_on_host(residual), source, targets)
 

@@ -3,21 +3,25 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO, cast
 
 from cellcircuits.cells import CellSelection
-from cellcircuits.errors import UserError
+from cellcircuits.errors import FULL_OR_READ_ONLY, UserError, cannot_write
+from cellcircuits.stopping import stop_signals
+from cellcircuits.streams import Log, OneLine, give_up
 from cellcircuits.tokenizer import TOKENIZATIONS
 
 DEFAULT_MODEL = "ctheodoris/Geneformer"
 DEFAULT_SUBFOLDER = "Geneformer-V2-316M"
 DEFAULT_OUT_DIR = Path("results/exhaustive_tracing")
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128
 
 
 def layer_list(text: str) -> tuple[int, ...]:
@@ -242,6 +246,16 @@ def add_out_dir_flag(parser: argparse._ActionsContainer, what: str, default: Pat
     )
 
 
+def add_mix_versions_flag(parser: argparse._ActionsContainer) -> None:
+    """Add `--mix-versions`."""
+    parser.add_argument(
+        "--mix-versions",
+        action="store_true",
+        help="go on in a folder that another version of this code or of its libraries has worked in; both are "
+        "recorded, and the numbers may differ in more than rounding",
+    )
+
+
 def selection_from(args: argparse.Namespace) -> CellSelection:
     """The cell settings that the flags of `add_cell_flags` ask for."""
     filters = [*args.obs_filter, *([("cell_line", args.cell_line)] if args.cell_line else [])]
@@ -285,28 +299,68 @@ def require_path(path: Path | None, flag: str, variable: str, *, folder: bool) -
 
 
 def run_script(main: Callable[[], int], go_on: str) -> int:
-    """Run a script's body; a user's mistake ends in one sentence and status 2, Ctrl-C in status 130.
+    """Run a script's body and say in one sentence what ended it.
+
+    A user's mistake and a disk that is full give status 2, Ctrl-C 130, SIGTERM 143, SIGHUP 129.
 
     Args:
         main: does the work and returns the exit status.
-        go_on: what to tell someone who pressed Ctrl-C.
+        go_on: what to tell someone who stopped it.
     """
-    for stream in (sys.stdout, sys.stderr):
+    streams = sys.stdout, sys.stderr
+    for stream in streams:
         if isinstance(stream, TextIOWrapper):  # a name that the terminal cannot show must not end a run
             stream.reconfigure(errors="replace")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        return main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: {go_on}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    with redirect_stderr(cast(TextIO, Log(sys.stderr))):
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(OneLine())
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
+        for chatty in ("httpx", "torch"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
+        try:
+            return _status(main, go_on)
+        finally:
+            for stream in streams:
+                give_up(stream)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process with a status; at once where a signal ended the run.
+
+    What Python does at its end, such as clearing torch out of memory, takes seconds on a busy machine.
+    """
+    if status > EXIT_SIGNAL:
+        for stream in (sys.stdout, sys.stderr):
+            give_up(stream)
+        os._exit(status)
+    sys.exit(status)
+
+
+def _status(main: Callable[[], int], go_on: str) -> int:
+    with stop_signals() as received:
+        try:
+            status = main()
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return status
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_USER_ERROR
+        except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+            return 0
+        except KeyboardInterrupt as stop:
+            number = getattr(stop, "number", signal.SIGINT)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in FULL_OR_READ_ONLY:
+                where = Path(error.filename or "standard output")
+                print(f"error: {cannot_write(where, error)}", file=sys.stderr)
+                return EXIT_USER_ERROR
+            if received.number is None:
+                raise
+            number = received.number  # a library made an error of its own of it, such as one of import
+    by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+    print(f"\ninterrupted{by}: {go_on}", file=sys.stderr)
+    return EXIT_SIGNAL + number
 
 
 def from_environment(variable: str) -> Path | None:

@@ -18,10 +18,11 @@ from cellcircuits.combination_stats import CombinationEffects, combination_stati
 from cellcircuits.combinations import LISTED, Combination
 from cellcircuits.device import host_memory, is_out_of_memory
 from cellcircuits.errors import UserError
+from cellcircuits.finite import EFFECT, require_finite
 from cellcircuits.joint import CellEffects, CleanPath, JointBench, LayerFeature, joint_ablation_effect
-from cellcircuits.jsonio import write_atomically, write_json
+from cellcircuits.jsonio import discard, write_atomically, write_json
 from cellcircuits.stats import EdgeRule
-from cellcircuits.tracing import SAVE_EVERY_SECONDS, require_finite, within_memory
+from cellcircuits.tracing import SAVE_EVERY_SECONDS, within_memory
 
 log = logging.getLogger(__name__)
 CLEAN_SHARE_OF_MEMORY = 0.25
@@ -61,7 +62,7 @@ class Unfinished:
         if not path.exists():
             return
         try:
-            with np.load(path, allow_pickle=False) as kept:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as kept:
                 if kept["fingerprint"].item() != fingerprint:
                     log.warning("%s is of another run: it is not used.", path)
                     return
@@ -165,7 +166,7 @@ class CombinationRun:
         knows_more = combination.kind == LISTED and record["pathway"] != LISTED  # a plain list names no pathway
         if described != record and not knows_more:
             write_json(path, described)
-        self.partial_path(combination).unlink(missing_ok=True)
+        discard(self.partial_path(combination))
         return True
 
     def measure_one(self, combination: Combination, clean: CleanPaths, bar: tqdm, say: Callable[[int], None]) -> None:
@@ -195,7 +196,7 @@ class CombinationRun:
         spent = {"n_block_runs": so_far.n_block_runs, "elapsed_seconds": so_far.seconds}
         numbers = combination_statistics(so_far.effects(), len(features), self.rule)
         self.write_record(combination, numbers | spent)
-        partial.unlink(missing_ok=True)
+        discard(partial)
 
     def write_record(self, combination: Combination, numbers: Mapping[str, Any]) -> None:
         """Write the JSON file of one combination."""
@@ -243,8 +244,8 @@ class CombinationRun:
             slow = joint_ablation_effect(self.bench, path.cell, features)
         if slow is None:  # a near tie at its only position fell the other way
             return
-        require_finite(fast, path.cell)
-        require_finite(slow, path.cell)
+        require_finite(fast, path.cell, EFFECT)
+        require_finite(slow, path.cell, EFFECT)
         n_moved = np.count_nonzero((fast != 0) | (slow != 0))
         n_differ = np.count_nonzero(np.abs(fast - slow) > SELF_CHECK_TOLERANCE * (1 + np.abs(slow).max()))
         if n_differ > max(SELF_CHECK_TIES, SELF_CHECK_TIED_SHARE * n_moved):
@@ -309,8 +310,8 @@ def measure_cells(
         started = time.perf_counter()
         path = clean[i]
         effects, batch_size = effects_that_fit(bench, path, features, batch_size)
-        require_finite(effects.union, path.cell)
-        require_finite(effects.published, path.cell)
+        require_finite(effects.union, path.cell, EFFECT)
+        require_finite(effects.published, path.cell, EFFECT)
         for name in ARRAYS:
             getattr(so_far, name)[i] = getattr(effects, name)
         so_far.n_block_runs += effects.n_block_runs

@@ -3,7 +3,9 @@
 Standard library only. How pairs are chosen from a selective trace is in `selection.py`.
 """
 
+import codecs
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
@@ -12,8 +14,9 @@ from string import ascii_uppercase
 from typing import Any
 
 from cellcircuits.catalog import UNANNOTATED
-from cellcircuits.errors import UserError
-from cellcircuits.jsonio import read_json
+from cellcircuits.errors import UserError, printable
+from cellcircuits.files import read_bounded
+from cellcircuits.jsonio import parse_json, read_json
 
 SAME, CROSS, RANDOM, LISTED = "same_pathway", "cross_pathway", "random", "listed"
 KINDS = (SAME, CROSS, RANDOM, LISTED)
@@ -22,6 +25,8 @@ LETTERS = "ABC"
 SUMMARY_LISTS = ("per_pair_results", "per_triplet_results")
 TRIPLET_LAYERS = (0, 5, 11)
 MOST_PER_PATHWAY = 3
+MAX_LIST_BYTES = 1 << 26
+MAX_CANDIDATES = 1_000_000
 MOST_DIGITS = 100  # of a number in a list; Python refuses to read one of thousands
 # one pathway per layer, earliest layer first
 CROSS_TRIPLETS = (("ddr", "mitosis", "mitosis"), ("signaling", "mitosis", "vesicle"))
@@ -157,6 +162,11 @@ def choose_triplets(
         UserError: there is none at all; says which pathway lacks which layer.
     """
     pools = _pools(pairs)
+    n_candidates = sum(math.prod(len(pool.get(layer, ())) for layer in layers) for pool in pools.values())
+    if n_candidates > MAX_CANDIDATES:
+        raise UserError(
+            f"the pair summary gives {n_candidates:,} triplets to choose from; name some with --triplets FILE."
+        )
     by_edges = sorted(_candidates(pools, layers), key=lambda triplet: -triplet.n_edges)  # stable
     same = list(islice(_at_most_per_pathway(by_edges), max(n_triplets - 2, 0)))
     chosen = [*same, *_cross_triplets(pools, layers)][:n_triplets]
@@ -180,12 +190,14 @@ def choose_triplets(
 def _pools(pairs: Sequence[Combination]) -> Pools:
     """Distinct features per pathway and layer in the order of the pairs; the first mention of a feature counts."""
     pools: Pools = {}
+    known: set[tuple[str, int, int]] = set()
     for pair in (pair for pair in pairs if pair.kind != CROSS):
         of_pathway = pools.setdefault(pair.pathway, {})
         for feature in pair.features:
             pool = of_pathway.setdefault(feature.layer, [])
-            if all(known.index != feature.index for known in pool):
+            if (key := (pair.pathway, feature.layer, feature.index)) not in known:
                 pool.append(feature)
+            known.add(key)
     return pools
 
 
@@ -223,24 +235,17 @@ def _lacks(pools: Pools, layers: Sequence[int]) -> list[str]:
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     """(where it stands, entry as JSON has it) of each combination in a file."""
+    raw = read_bounded(path, MAX_LIST_BYTES, "a list of combinations").removeprefix(codecs.BOM_UTF8)
+    if raw.lstrip()[:1] in (b"[", b"{"):
+        return _json_entries(path, raw)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file.") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+        return _line_entries(path, raw.decode("utf-8"))
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not a text file; give JSON or lines such as {_example(2)}.") from None
-    if text.lstrip()[:1] in ("[", "{"):
-        return _json_entries(path, text)
-    return _line_entries(path, text)
 
 
-def _json_entries(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); mend the file.") from None
+def _json_entries(path: Path, raw: bytes) -> Iterator[tuple[str, Any]]:
+    content = parse_json(raw, path)
     if isinstance(content, dict):
         lists = [content[key] for key in SUMMARY_LISTS if isinstance(content.get(key), list)]
         if not lists:
@@ -323,7 +328,7 @@ def _count_of(value: Any, what: str) -> int:
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{what} is {_short(value)}, expected a text.")
-    return " ".join(value.split())
+    return printable(" ".join(value.split()))
 
 
 def _commas(numbers: Sequence[int]) -> str:

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from cellcircuits.cells import Cell
 from cellcircuits.device import batch_memory, kept_on_host
-from cellcircuits.errors import UserError
+from cellcircuits.finite import (
+    MEND,
+    finite_rows,
+    latents_at,
+    mend_at,
+    require_finite,
+    require_finite_stream,
+    require_rows,
+    stream_at,
+)
 from cellcircuits.geneformer import edited, residuals
 from cellcircuits.interventions import remove_features
 from cellcircuits.precision import FP32
@@ -39,6 +48,18 @@ class TopKLatents:
     def of(cls, sae: TopKSAE, residual: Tensor) -> "TopKLatents":
         """Encode (n_rows, d_model) raw stream and bring the result to the host."""
         return cls.on_host(*sae.top_k(residual))
+
+    @classmethod
+    def of_cell(cls, sae: TopKSAE, residual: Tensor, cell: Cell, layer: int, mend: str = MEND) -> "TopKLatents":
+        """As `of`, of the stream (n_gene, d_model) at the gene positions of a cell, which must be finite.
+
+        Raises:
+            UserError: the stream or what the SAE makes of it is NaN or infinite.
+        """
+        require_finite(residual, cell, stream_at(layer), cell.gene_positions, mend)
+        latents = cls.of(sae, residual)
+        require_finite(latents.values, cell, latents_at(layer), cell.gene_positions, mend)
+        return latents
 
     @classmethod
     def on_host(cls, values: Tensor, features: Tensor) -> "TopKLatents":
@@ -123,19 +144,6 @@ def mean_change(clean: TopKLatents, ablated: TopKLatents, sae: TopKSAE) -> NDArr
     return (ablated.total(sae.n_features) - clean.total(sae.n_features)) / len(clean.values)
 
 
-def require_finite_stream(residual: Tensor, cell: Cell, layer: int) -> None:
-    """Stop at a clean run whose stream at `layer` is no numbers.
-
-    Raises:
-        UserError: it holds NaN or infinite values.
-    """
-    if not torch.isfinite(residual).all():
-        raise UserError(
-            f"cell {cell.name}: the model's layer {layer} holds NaN or infinite values; check the model's weights, or "
-            "compute on another --device."
-        )
-
-
 class Bench:
     """A model with its SAEs, set up to measure the features of one source layer."""
 
@@ -179,15 +187,17 @@ class Bench:
         The targets are read through the tail too, so that clean and ablated latents share their rounding.
 
         Raises:
-            UserError: the model gives NaN or infinite values.
+            UserError: the model or an SAE gives NaN or infinite values.
         """
         tokens = torch.from_numpy(cell.tokens).to(self.device)[None]
         residual = residuals(self.model, tokens, [self.source_layer])[self.source_layer]  # (1, n_pos, d_model)
-        require_finite_stream(residual, cell, self.source_layer)
+        require_finite_stream(residual[0], cell, self.source_layer)
         everywhere = MeasuredPositions.of([cell.gene_positions], self.device)
-        source = TopKLatents.of(self.saes[self.source_layer], residual[0, everywhere.position]).kept()
+        at_genes = residual[0, everywhere.position]
+        source = TopKLatents.of_cell(self.saes[self.source_layer], at_genes, cell, self.source_layer).kept()
+        mend = mend_at(self.tail.precision)
         targets = {
-            layer: TopKLatents.of(self.saes[layer], stream).kept()
+            layer: TopKLatents.of_cell(self.saes[layer], stream, cell, layer, mend).kept()
             for layer, stream in self.tail.run(residual, everywhere, start=self.source_layer)
         }
         return CleanCell(cell, kept_on_host(residual[0]), source, targets)
@@ -207,6 +217,7 @@ class Bench:
             (len(features), n_targets): the target layers side by side, as `columns` lays them out.
 
         Raises:
+            UserError: the model or an SAE gives NaN or infinite values.
             ValueError: a feature is active nowhere in this cell, which is not an effect of zero.
         """
         active = [clean.active_rows(feature) for feature in features]
@@ -219,12 +230,15 @@ class Bench:
         rows = [active[i] for i in moved]
         # the device works through all layers before anything is brought to the host, which would wait for it
         streams = self._run(clean, [features[i] for i in moved], rows)
-        ablated = {layer: self.saes[layer].top_k(stream) for layer, stream in streams}
+        ablated = {layer: (finite_rows(stream), self.saes[layer].top_k(stream)) for layer, stream in streams}
         n_rows = np.array([len(of_feature) for of_feature in rows])
         feature, row = np.repeat(np.arange(len(moved)), n_rows), np.concatenate(rows)
-        for layer, latents in ablated.items():
+        positions, mend = clean.cell.gene_positions[row], mend_at(self.tail.precision)
+        for layer, (are_finite, latents) in ablated.items():
+            require_rows(are_finite, clean.cell, f"{stream_at(layer)} after an ablation", positions, mend)
             n_features = self.saes[layer].n_features
             after, before = TopKLatents.on_host(*latents), clean.targets[layer].at(row)
+            require_finite(after.values, clean.cell, latents_at(layer), positions, mend)
             change = after.totals(feature, n_features) - before.totals(feature, n_features)
             effects[moved, self.columns[layer]] = change / n_rows[:, None]
         return effects

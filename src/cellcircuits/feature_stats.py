@@ -5,7 +5,7 @@ one cell at a time, sums in float64 on the host.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import BertForMaskedLM
 
 from cellcircuits.catalog import MIN_ACTIVATION_FREQ
 from cellcircuits.cells import Cell
+from cellcircuits.finite import require_finite
 from cellcircuits.geneformer import Edit, edited, masked_logits
 from cellcircuits.vocabulary import GeneVocabulary
 from sae_model import TopKSAE
@@ -72,7 +73,12 @@ class GeneFeatureCounts:
         np.add.at(self.n_seen, genes, 1)
 
     def add_latents(self, cell: Cell, values: Tensor, indices: Tensor) -> None:
-        """Count the gene positions of a cell from what `TopKSAE.top_k` gave there, both (n_gene, k)."""
+        """Count the gene positions of a cell from what `TopKSAE.top_k` gave there, both (n_gene, k).
+
+        Raises:
+            UserError: a latent is NaN or infinite.
+        """
+        require_finite(values, cell, "what an SAE computes", cell.gene_positions)
         self.add(cell.tokens[cell.gene_positions], values.cpu().numpy(), indices.cpu().numpy())
 
 
@@ -233,38 +239,31 @@ def mask_positions(cell: Cell, share: float, rng: np.random.Generator) -> np.nda
     return np.sort(rng.choice(cell.gene_positions, n_masked, replace=False))
 
 
-def masked_gene_losses(
-    model: BertForMaskedLM,
-    masked_cells: tuple[Sequence[Cell], Sequence[np.ndarray]],
-    mask_token: int,
-    edit_of: Mapping[Hashable, PlacedEdit | None],
-) -> dict[Hashable, float]:
-    """Mean cross-entropy in nats of the masked genes, over all masked positions, under each edit.
+def masked_gene_loss(
+    model: BertForMaskedLM, cell: Cell, masked: np.ndarray, mask_token: int, placed: PlacedEdit | None = None
+) -> float:
+    """Cross-entropy in nats of a cell's masked genes, summed over them, under one edit.
 
     Args:
         model: the Geneformer.
-        masked_cells: held-out cells, and the positions masked in each.
-        mask_token: what stands at a masked position.
-        edit_of: {name: a layer and what makes the edit from a cell's gene positions; None: untouched model}.
+        cell: a held-out cell.
+        masked: (n_masked,) the positions that are masked.
+        mask_token: what stands there.
+        placed: a layer and what makes the edit from the cell's gene positions; None: the untouched model.
 
-    Returns:
-        {name: loss}.
+    Raises:
+        UserError: a logit is NaN or infinite.
     """
-    cells, masks = masked_cells
-    sums = dict.fromkeys(edit_of, 0.0)
-    for cell, masked in zip(cells, masks, strict=True):
-        tokens = torch.tensor(cell.tokens, device=model.device)
-        positions = torch.tensor(cell.gene_positions, device=model.device)
-        hidden = torch.tensor(masked, device=model.device)
-        truth = tokens[hidden]
-        tokens[hidden] = mask_token
-        for name, placed in edit_of.items():
-            edits = {} if placed is None else {placed[0]: placed[1](positions)}
-            with torch.inference_mode(), edited(model, edits):
-                logits = masked_logits(model, tokens[None])[0, hidden]  # (n_masked, n_vocab)
-                sums[name] += float(cross_entropy(logits, truth, reduction="sum"))
-    n_masked = sum(len(masked) for masked in masks)
-    return {name: total / n_masked for name, total in sums.items()}
+    tokens = torch.tensor(cell.tokens, device=model.device)
+    positions = torch.tensor(cell.gene_positions, device=model.device)
+    hidden = torch.tensor(masked, device=model.device)
+    truth = tokens[hidden]
+    tokens[hidden] = mask_token
+    edits = {} if placed is None else {placed[0]: placed[1](positions)}
+    with torch.inference_mode(), edited(model, edits):
+        logits = masked_logits(model, tokens[None])[0, hidden]  # (n_masked, n_vocab)
+        require_finite(logits, cell, "the logits of a masked gene", masked)
+        return float(cross_entropy(logits, truth, reduction="sum"))
 
 
 def splice(sae: TopKSAE) -> dict[str, Callable[[Tensor], Edit]]:

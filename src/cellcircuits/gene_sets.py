@@ -1,6 +1,7 @@
 """Gene sets: GMT files in, terms over one universe of genes out. Genes are tokens of the model's vocabulary."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,11 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from cellcircuits.errors import UserError
+from cellcircuits.files import read_bounded
 
 MIN_TERM_SIZE, MAX_TERM_SIZE = 5, 500
-MAX_GMT_BYTES = 1 << 28
+MAX_GMT_BYTES = 1 << 27  # MSigDB's largest file has a quarter of that
+MAX_GMT_NAMES = 1 << 23  # each takes sixty bytes or more once it is read, however short
 _ENSEMBL = re.compile(r"(ENS[A-Z]*G\d+)(\.\d+)?")
 
 
@@ -78,7 +81,7 @@ def read_gmt(path: Path, ontology: str) -> GmtFile:
                 "parted by tabs; mend or remove the line."
             )
         if term in genes_of:
-            raise UserError(f"{path}, line {number}: the term {term!r} comes twice; keep one of them.")
+            raise UserError(f"{path}, line {number}: the term {term!r:.80} comes twice; keep one of them.")
         genes_of[term] = names
     if not genes_of:
         raise UserError(f"{path}: holds no gene set.")
@@ -104,12 +107,11 @@ def resolve(gmt: GmtFile, token_of_name: Mapping[str, int]) -> list[GeneSet]:
 
 
 def _lines(path: Path) -> list[str]:
+    raw = read_bounded(path, MAX_GMT_BYTES, "a file of gene sets")
+    if raw.count(b"\t") + raw.count(b"\n") > MAX_GMT_NAMES:
+        raise UserError(f"{path}: holds more than {MAX_GMT_NAMES:,} genes; give the sets that are to be tested.")
     try:
-        if path.stat().st_size > MAX_GMT_BYTES:
-            raise UserError(f"{path}: is too large for a file of gene sets; give those that are to be tested.")
-        return path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at form feeds
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+        return raw.decode("utf-8-sig").split("\n")  # splitlines would also cut at form feeds
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; a GMT file is expected.") from None
 
@@ -132,8 +134,8 @@ def build_term_table(gene_sets: Sequence[GeneSet], listable: Iterable[int]) -> T
     """
     names = [(gene_set.ontology, gene_set.term) for gene_set in gene_sets]
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"The term {twice[1]!r} of {twice[0]} is in two GMT files; give each file its own name.")
+        twice, _ = Counter(names).most_common(1)[0]
+        raise UserError(f"The term {twice[1]!r:.80} of {twice[0]} is in two GMT files; give each file its own name.")
     named = set().union(*(gene_set.tokens for gene_set in gene_sets))
     universe = np.array(sorted(named.intersection(listable)), dtype=np.int64)
     members = set(universe.tolist())

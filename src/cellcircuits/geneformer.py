@@ -18,11 +18,12 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 from transformers.activations import ACT2FN
+from transformers.utils import cached_file, extract_commit_hash
 from transformers.utils import logging as transformers_logging
 
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import read_json
-from cellcircuits.model_files import SIZES, model_fields, require_possible_sizes
+from cellcircuits.model_files import SIZES, WEIGHTS, model_fields, require_possible_sizes, weight_file
 
 log = logging.getLogger(__name__)
 Edit = Callable[[Tensor], Tensor]
@@ -48,7 +49,8 @@ def load_model(source: str, subfolder: str | None = None, revision: str | None =
     """Load a `BertForMaskedLM` from a local folder or the Hugging Face hub, in eval mode, float32, on the CPU.
 
     Raises:
-        UserError: not found, not a BERT, an architecture detail the engine does not know, or weights missing.
+        UserError: not found, not a BERT, an architecture detail the engine does not know, or weights missing or not
+            finite.
     """
     folder = Path(source)
     if folder.exists() and not (folder / (subfolder or "") / "config.json").is_file():
@@ -75,6 +77,7 @@ def load_model(source: str, subfolder: str | None = None, revision: str | None =
         what = "cannot be loaded" if folder.exists() else "no such folder, and as a name on the hub it cannot be loaded"
         raise UserError(f"--model {source}: {what} ({reason}).") from None
     _require_all_weights(source, info)
+    _require_finite_weights(source, folder / (subfolder or "") if folder.exists() else None, model)
     model.eval().requires_grad_(False)
     return LoadedModel(
         model=model,
@@ -244,15 +247,24 @@ def masked_logits(model: BertForMaskedLM, tokens: Tensor) -> Tensor:
 
 def _read_config(source: str, folder: Path | None, where: Mapping[str, Any]) -> BertConfig:
     """The model's settings, none but those that shape a BERT; its weight files are checked against them."""
-    content = read_json(folder / "config.json") if folder else BertConfig.get_config_dict(source, **where)[0]
-    config = BertConfig(**model_fields(source, content))
+    path = folder / "config.json" if folder else Path(cached_file(source, "config.json", **where))
+    config = BertConfig(**model_fields(source, read_json(path)))
     if config.hidden_act not in ACT2FN:
         raise UserError(
             f"--model {source}: config.json has hidden_act = {config.hidden_act!r}, which is no activation."
         )
-    require_possible_sizes(source, folder, {name: getattr(config, name) for name in SIZES})
-    config._commit_hash = None if folder else content.get("_commit_hash")
+    require_possible_sizes(source, folder or _fetched(source, where), {name: getattr(config, name) for name in SIZES})
+    config._commit_hash = None if folder else extract_commit_hash(str(path), None)
     return config
+
+
+def _fetched(source: str, where: Mapping[str, Any]) -> Path | None:
+    """The local copy of a model from the hub, once its weights are there; None where they come in several files."""
+    for name in WEIGHTS:
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where)
+        if path:
+            return Path(path).parent
+    return None
 
 
 def _require_all_weights(source: str, info: Mapping[str, Any]) -> None:
@@ -269,6 +281,15 @@ def _require_all_weights(source: str, info: Mapping[str, Any]) -> None:
             f"--model {source}: the weights hold {sorted(left_over)[0]}, for which config.json has no place; take the "
             "config.json that belongs to them."
         )
+
+
+def _require_finite_weights(source: str, folder: Path | None, model: BertForMaskedLM) -> None:
+    """Check every weight: one that no token of a run needs would otherwise wait for another run."""
+    tensors = model.state_dict().items()
+    name = next((name for name, tensor in tensors if not torch.isfinite(tensor).all()), None)
+    if name is not None:
+        file = weight_file(folder, name) if folder else f"--model {source}"
+        raise UserError(f"{file}: {name} holds NaN or infinite values; fetch the model again.")
 
 
 @contextmanager

@@ -71,7 +71,8 @@ class H5adFile:
             ) from None
         try:
             fields, _ = self._answer("the list of contents")
-            self.matrices: tuple[str, ...] = tuple(fields["matrices"])
+            with _sensible(path, "the list of contents"):
+                self.matrices: tuple[str, ...] = tuple(fields["matrices"])
         except BaseException:
             self._close()
             raise
@@ -158,7 +159,7 @@ class H5adFile:
         except ValueError as error:
             raise UserError(f"{self.path}: {part} cannot be read ({error}); the file is damaged.") from None
         if "error" in fields:
-            raise UserError(fields["error"])
+            raise UserError(str(fields["error"]))
         return fields, arrays
 
     def _ended(self, part: str) -> str:
@@ -179,7 +180,7 @@ def _sensible(path: Path, part: str) -> Iterator[None]:
     """Turn what pandas and SciPy raise on content that makes no sense into one sentence."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path}: {part} cannot be read ({reason:.300}); the file is damaged, truncated or not an AnnData (.h5ad) "

@@ -121,7 +121,8 @@ class StoredCells:
         if isinstance(item, h5py.Group) and kind == "categorical":
             return self._categorical(item["codes"], item["categories"], item.attrs.get("ordered", False), table)
         if isinstance(item, h5py.Dataset) and "categories" in item.attrs:
-            categories = item.parent[item.attrs["categories"]]
+            # a reference may lead into a group that no link names, where links to other files would not be seen
+            categories = self._inside(item.parent[item.attrs["categories"]])
             return self._categorical(item, categories, categories.attrs.get("ordered", False), table)
         return self._plain_column(item, kind, table)
 
@@ -297,7 +298,9 @@ def _key(matrix: str) -> str:
 
 
 def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+    text = value.decode() if isinstance(value, bytes) else str(value)
+    text.encode()  # h5py makes lone surrogates of what is no UTF-8
+    return text
 
 
 def _native(dtype: np.dtype) -> np.dtype:

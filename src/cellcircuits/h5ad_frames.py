@@ -39,13 +39,24 @@ def receive(stream: IO[bytes], max_bytes: int) -> tuple[dict[str, Any], list[np.
     (n_header,) = _PREFIX.unpack(_exactly(stream, _PREFIX.size))
     if n_header > MAX_HEADER_BYTES:
         raise ValueError("a message with too long a header")
-    header = json.loads(_exactly(stream, n_header))
-    dtypes = [np.dtype(name) for name, _ in header["arrays"]]
-    sizes = [dtype.itemsize * n for dtype, (_, n) in zip(dtypes, header["arrays"], strict=True)]
+    fields, dtypes, sizes = _parsed(_exactly(stream, n_header))
     if any(dtype.kind not in _KINDS for dtype in dtypes) or min(sizes, default=0) < 0 or sum(sizes) > max_bytes:
         raise ValueError("a message with too large an array, or one that holds no numbers")
-    arrays = [np.frombuffer(_exactly(stream, size), dtype) for dtype, size in zip(dtypes, sizes, strict=True)]
-    return header["fields"], arrays
+    return fields, [np.frombuffer(_exactly(stream, size), dtype) for dtype, size in zip(dtypes, sizes, strict=True)]
+
+
+def _parsed(header: bytearray) -> tuple[dict[str, Any], list[np.dtype], list[int]]:
+    """The fields of a header; type and bytes of each array."""
+    try:
+        content = json.loads(header)
+        dtypes = [np.dtype(name) for name, _ in content["arrays"]]
+        return (
+            dict(content["fields"]),
+            dtypes,
+            [dtype.itemsize * int(n) for dtype, (_, n) in zip(dtypes, content["arrays"], strict=True)],
+        )
+    except (KeyError, TypeError, AttributeError, RecursionError, OverflowError, SyntaxError) as error:
+        raise ValueError(f"a message of another form ({type(error).__name__})") from None
 
 
 def text_array(values: Sequence[str]) -> np.ndarray:

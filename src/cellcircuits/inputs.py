@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
-from cellcircuits import cli, sae_store
+from cellcircuits import cli, manifest, sae_store
 from cellcircuits.catalog import UNANNOTATED, FeatureInfo, load_catalog
 from cellcircuits.cells import CellSelection, CellSet, load_cells
 from cellcircuits.device import choose_device, describe_device
@@ -43,7 +42,8 @@ class ModelAndCells:
             },
             "cells": self.cells.report,
             "device": describe_device(self.device),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__},
+            "seeds": self.cells.seeds(),
+            **manifest.origin(),
         }
 
 

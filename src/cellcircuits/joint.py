@@ -20,7 +20,7 @@ from cellcircuits.cells import Cell
 from cellcircuits.combination_stats import conditions
 from cellcircuits.device import batch_memory, kept_on_host
 from cellcircuits.effects import TopKLatents
-from cellcircuits.errors import UserError
+from cellcircuits.finite import latents_at, require_finite, require_finite_stream, stream_at
 from cellcircuits.geneformer import edited, residuals
 from cellcircuits.interventions import remove_features
 from cellcircuits.tail import MeasuredPositions, Tail
@@ -125,7 +125,7 @@ class JointBench:
         """Run one cell unedited; later layers are read through the tail, so that rounding is shared with edits.
 
         Raises:
-            UserError: the model gives NaN or infinite values.
+            UserError: the model or an SAE gives NaN or infinite values.
         """
         tokens = torch.from_numpy(cell.tokens).to(self.device)[None]
         everywhere = MeasuredPositions.of([cell.gene_positions], self.device)
@@ -134,16 +134,13 @@ class JointBench:
         residual, latents = {}, {}
         for layer in self.layers:
             stream = self.tail.advance(stream, before, layer)
-            if not torch.isfinite(stream).all():
-                raise UserError(
-                    f"cell {cell.name}: the model's layer {layer} holds NaN or infinite values; check the model's "
-                    "weights, or compute on another --device."
-                )
+            require_finite_stream(stream[0], cell, layer)
             residual[layer] = kept_on_host(stream[0])
-            latents[layer] = TopKLatents.of(self.saes[layer], stream[0, everywhere.position])
+            latents[layer] = TopKLatents.of_cell(self.saes[layer], stream[0, everywhere.position], cell, layer)
             before = layer
         ((_, at_target),) = self.tail.run(stream, everywhere, start=before)
-        return CleanPath(cell, residual, latents, TopKLatents.of(self.saes[self.target], at_target))
+        target = TopKLatents.of_cell(self.saes[self.target], at_target, cell, self.target)
+        return CleanPath(cell, residual, latents, target)
 
     @torch.inference_mode()
     def effects(self, clean: CleanPath, features: Sequence[LayerFeature], batch_size: int | None = None) -> CellEffects:
@@ -153,6 +150,9 @@ class JointBench:
             clean: the cell's clean run.
             features: the combination, A first; layers in any order.
             batch_size: streams run at once; None means what memory allows.
+
+        Raises:
+            UserError: the model or an SAE gives NaN or infinite values.
         """
         active = np.stack([clean.active(feature) for feature in features])  # (order, n_gene)
         rows = np.flatnonzero(active.any(axis=0))
@@ -220,12 +220,15 @@ class _Tree:
 
     def read(self, rows: NDArray[np.int64]) -> list[TopKLatents]:
         """Target latents of every stream at some gene positions (n_rows,): the last segment, one batch."""
-        bench, read = self._bench, []
-        positions = self._clean.cell.gene_positions[rows]
+        bench, cell, read = self._bench, self._clean.cell, []
+        positions = cell.gene_positions[rows]
         for batch in self._batches(self._streams):
             measured = MeasuredPositions.of([positions] * len(batch), bench.device)
             ((_, at_target),) = bench.tail.run(torch.stack(batch), measured, start=self._at)
+            # NaN of any earlier layer is here too: attention hands it to every position
+            require_finite(at_target, cell, f"{stream_at(bench.target)} after an ablation", positions)
             latents = TopKLatents.of(bench.saes[bench.target], at_target)
+            require_finite(latents.values, cell, latents_at(bench.target), positions)
             read += [latents.at(slice(i * len(rows), (i + 1) * len(rows))) for i in range(len(batch))]
         self.n_block_runs += len(self._streams) * (bench.target - self._at)
         return read

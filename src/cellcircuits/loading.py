@@ -1,20 +1,28 @@
 """Reading tensors that come from strangers: nothing of theirs is ever run."""
 
 import hashlib
+import os
 import re
+import struct
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 
 from cellcircuits.errors import UserError
+from cellcircuits.files import require_plain_file
 from cellcircuits.pickle_check import CHECKPOINT, require_harmless
 
 MAX_PICKLE_BYTES = 1 << 22
-MAX_REUSED_CONTAINERS = 20
+MAX_LIST_BYTES = 1 << 22  # of the names of the parts of an archive: fifty thousand tensors
 _ZIP = b"PK\x03\x04"
+# the end of a zip archive: signature, bytes and start of its list of parts, bytes of a comment
+_END = struct.Struct("<4s8xIIH")
+_LARGE_END = struct.Struct("<4sQ28xQQ4s4xQ4x")  # of a large one: its own size too, and then where it starts
+_LOCATOR, _LOCATOR_BYTES = b"PK\6\7", 20
+_COPY = "copy it again, or save it again with torch.save"
 _TENSOR_GLOBALS = re.compile(
     r"torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict|torch Size"
     r"|torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
@@ -52,10 +60,15 @@ def require_sound_archive(path: Path) -> None:
         UserError: damaged, refused, or written before PyTorch 1.6.
     """
     try:
+        require_plain_file(path)
         with path.open("rb") as stream:
             if stream.read(len(_ZIP)) != _ZIP:
                 raise UserError(
                     f"{path}: not a readable PyTorch checkpoint; copy it, or save it with PyTorch 1.6 or newer."
+                )
+            if not _ends_with_its_directory(stream):
+                raise UserError(
+                    f"{path}: not a readable PyTorch checkpoint (it does not end with a list of its parts); {_COPY}."
                 )
             with zipfile.ZipFile(stream) as archive:
                 pickled = _pickle_of(path, archive)
@@ -65,7 +78,7 @@ def require_sound_archive(path: Path) -> None:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
     except Exception as error:  # damaged bytes make zipfile raise almost anything
         raise UserError(f"{path}: not a readable PyTorch checkpoint ({_first_line(error)}); copy it again.") from None
-    names = require_harmless(pickled, str(path), CHECKPOINT, (), MAX_REUSED_CONTAINERS)
+    names = require_harmless(pickled, str(path), CHECKPOINT)
     foreign = sorted(name for name in names if not _TENSOR_GLOBALS.fullmatch(name))
     if foreign:
         raise UserError(
@@ -74,13 +87,33 @@ def require_sound_archive(path: Path) -> None:
         )
 
 
+def _ends_with_its_directory(stream: IO[bytes]) -> bool:
+    """Whether an archive's list of parts is of an admitted size and where all readers look for it.
+
+    Some readers take a list from elsewhere, and so another one than was checked.
+    """
+    size = stream.seek(0, os.SEEK_END)
+    if size < _END.size:
+        return False
+    stream.seek(end := size - _END.size)
+    sign, n_bytes, start, n_comment = _END.unpack(stream.read())
+    stream.seek(large := max(end - _LARGE_END.size, 0))
+    tail = stream.read(end - large)
+    if len(tail) == _LARGE_END.size and tail[-_LOCATOR_BYTES:].startswith(_LOCATOR):  # as torch.save writes it
+        large_sign, n_record, n_bytes, start, _, record_at = _LARGE_END.unpack(tail)
+        if (large_sign, n_record, record_at) != (b"PK\6\6", _LARGE_END.size - _LOCATOR_BYTES - 12, large):
+            return False
+        end = large
+    return sign == b"PK\5\6" and n_comment == 0 and start + n_bytes == end and n_bytes <= MAX_LIST_BYTES
+
+
 def _pickle_of(path: Path, archive: zipfile.ZipFile) -> bytes:
     entries = archive.infolist()
-    names = [entry.filename for entry in entries]
+    names = [entry.filename.lower() for entry in entries]  # torch takes a part by its name in any case
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if packed or sum(entry.file_size for entry in entries) > path.stat().st_size or len(set(names)) < len(names):
         raise UserError(f"{path}: refused, its parts are packed or lie over each other; save it again with torch.save.")
-    pickles = [entry for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
+    pickles = [entry for entry, name in zip(entries, names, strict=True) if name.rpartition("/")[2] == "data.pkl"]
     if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
         raise UserError(f"{path}: not a readable PyTorch checkpoint (no data.pkl, or too large a one); copy it again.")
     return archive.read(pickles[0])
@@ -139,9 +172,12 @@ def open_array(path: Path) -> np.ndarray:
         UserError: no such file, or not an array of numbers.
     """
     try:
+        require_plain_file(path)
         array = np.lib.format.open_memmap(path, mode="r")  # np.load would also take archives and pickles
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
+    except UserError:
+        raise
     except Exception as error:  # a damaged header makes NumPy's parser raise almost anything
         raise UserError(f"{path}: not a readable .npy array ({_first_line(error)}).") from None
     if array.nbytes > path.stat().st_size:
@@ -158,6 +194,7 @@ def file_sha256(path: Path) -> str:
         UserError: the file cannot be read.
     """
     try:
+        require_plain_file(path)
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:

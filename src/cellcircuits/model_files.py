@@ -10,7 +10,9 @@ from cellcircuits.jsonio import read_json
 from cellcircuits.loading import require_sound_archive
 
 FLOAT32_BYTES = 4
+MAX_HEADER_BYTES = 1 << 20  # of a safetensors file; Geneformer's largest has a thirtieth of that
 MAX_LAYERS = 512
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # what shapes a BertForMaskedLM; nothing else of a config.json is handed on, and so none of it can import or fetch code
 SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
@@ -18,7 +20,7 @@ SIZES = (
 )  # fmt: skip
 _OTHERS: Mapping[str, tuple[type, ...]] = {
     "hidden_act": (str,),
-    "layer_norm_eps": (float, int),
+    "layer_norm_eps": (float,),
     "pad_token_id": (int, type(None)),
     "tie_word_embeddings": (bool,),
 }
@@ -54,7 +56,7 @@ def model_fields(source: str, content: Any) -> dict[str, Any]:
         if name in SIZES:
             sound = type(value) is int and 0 < value < 2**31
         else:
-            sound = type(value) in _OTHERS[name]
+            sound = type(value) in _OTHERS[name] and not (name == "layer_norm_eps" and not 0 < value < 1)
         if not sound:
             raise UserError(f"--model {source}: config.json has {name} = {value!r:.80}, which is no possible value.")
     return fields
@@ -65,7 +67,7 @@ def require_possible_sizes(source: str, folder: Path | None, sizes: Mapping[str,
 
     Args:
         source: the model, for errors.
-        folder: its local folder; None for a model from the hub.
+        folder: its local folder; None for one from the hub whose weights come in several files.
         sizes: every one of `SIZES`.
 
     Raises:
@@ -97,7 +99,7 @@ def _weight_files(source: str, folder: Path) -> list[Path]:
     """The files transformers would take the weights from; none where there are none, which it says itself."""
     if (folder / "adapter_config.json").exists():
         raise UserError(f"--model {source}: holds an adapter (adapter_config.json), not a whole model.")
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in WEIGHTS:
         if (folder / name).is_file():
             return [folder / name]
         index = folder / f"{name}.index.json"
@@ -119,7 +121,23 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _checked_weights(path: Path) -> int:
-    """Bytes of a weight file, which PyTorch may read if it is one of its own."""
+    """Bytes of a weight file, which its library may read."""
     if path.suffix == ".bin":
         require_sound_archive(path)
+    else:
+        with path.open("rb") as stream:
+            n_header = int.from_bytes(stream.read(8), "little")
+        if n_header > MAX_HEADER_BYTES:  # the library admits a hundred times as much, of names of weights that none has
+            raise UserError(f"{path}: cannot be loaded (it claims a header of {n_header:,} bytes); fetch it again.")
     return path.stat().st_size
+
+
+def weight_file(folder: Path, name: str) -> Path:
+    """The file of a checked model folder that a weight comes from, for errors."""
+    for file in WEIGHTS:
+        index = folder / f"{file}.index.json"
+        if (folder / file).is_file():
+            return folder / file
+        if index.is_file():
+            return folder / read_json(index)["weight_map"].get(name, index.name)
+    return folder

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cellcircuits.catalog import UNANNOTATED
-from cellcircuits.errors import UserError
+from cellcircuits.errors import UserError, printable
 from cellcircuits.jsonio import read_json
 
 FORM = '[{"layer": 0, "idx": 25, "d": 1.13, "label": "..."}]'
@@ -81,7 +81,9 @@ def _panel_feature(path: Path, number: int, entry: Any) -> PanelFeature:
         raise UserError(f"{where} has `d` = {switch_d!r:.40}, which is no finite number; mend it or leave it out.")
     if label is not None and not isinstance(label, str):
         raise UserError(f"{where} has a `label` that is no text ({label!r:.40}).")
-    return PanelFeature(entry["layer"], entry["idx"], None if switch_d is None else float(switch_d), label)
+    return PanelFeature(
+        entry["layer"], entry["idx"], None if switch_d is None else float(switch_d), label and printable(label)
+    )
 
 
 def check_layers(panel: Sequence[PanelFeature], n_layers: int, panel_file: Path | None) -> None:

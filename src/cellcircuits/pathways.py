@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cellcircuits.errors import UserError
+from cellcircuits.errors import UserError, printable
 from cellcircuits.jsonio import read_json
 
 FORM = 'write {"name": ["keyword", ...]} or {"name": {"any": [...], "none": [...]}}'
@@ -78,7 +78,7 @@ def _pathway(name: str, keywords: Any, path: Path) -> Pathway:
         raise UserError(f"{path}: pathway {name} has a key {unknown[0]!r}; {FORM}.")
     any_of = _keywords(table.get("any"), f"{path}: pathway {name}")
     none_of = _keywords(table["none"], f"{path}: `none` of pathway {name}") if table.get("none") else ()
-    return Pathway(" ".join(name.split()), any_of, none_of)
+    return Pathway(printable(" ".join(name.split())), any_of, none_of)
 
 
 def _keywords(words: Any, where: str) -> tuple[str, ...]:

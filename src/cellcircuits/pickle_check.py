@@ -1,15 +1,18 @@
 """Look through a pickle before anything is built from it. Standard library only.
 
 A restricted unpickler builds nothing but plain values, but even those can be a trap: a few bytes make a table of
-2^31 notes, or a tuple of tuples that share their parts and that takes years to hash or to print.
+2^31 notes, a tuple of tuples that share their parts and takes years to hash, one nested so deeply that hashing it ends
+the process, or integers that all have the same hash.
 """
 
 import pickletools
-from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
 
 from cellcircuits.errors import UserError
 
 MAX_OPCODES = 5_000_000
+MAX_INTEGER = 1 << 64  # Python hashes integers modulo 2^61 - 1: larger ones can be made to collide without end
 _FRAMEWORK = frozenset({"PROTO", "FRAME", "STOP", "MARK"})
 _TEXTS = frozenset(
     {
@@ -23,12 +26,37 @@ _NUMBERS = frozenset(
         "NEWFALSE",
     }
 )  # fmt: skip
-_TABLES = frozenset({"EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"})
+_TUPLES = frozenset({"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"})
+_TABLES = _TUPLES | {"EMPTY_DICT", "DICT", "SETITEM", "SETITEMS"}
 _NOTES_IN = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
 _NOTES_OUT = frozenset({"GET", "BINGET", "LONG_BINGET"})
-_OBJECTS = frozenset({"GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD"})
-DICTIONARY = _FRAMEWORK | _TEXTS | _NUMBERS | _TABLES | _NOTES_IN | _NOTES_OUT | _OBJECTS
-CHECKPOINT = (DICTIONARY | {"EMPTY_LIST", "LIST", "APPEND", "APPENDS", "BINPERSID"}) - {"STACK_GLOBAL"}
+_TUPLE_USERS = frozenset({"REDUCE", "BUILD", "BINPERSID"})  # what takes a tuple and puts something else in its place
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What a pickle of plain data may hold.
+
+    Attributes:
+        opcodes: those that it may use.
+        scalars_by: those that make something without parts, of `REDUCE` and `BUILD`.
+        max_reused: how often it may use a container again; each time can double what the whole stands for.
+        max_tuples: how many tuples it may have besides arguments of `REDUCE` and the like; that is how deep they nest.
+    """
+
+    opcodes: frozenset[str]
+    scalars_by: frozenset[str] = frozenset()
+    max_reused: int = 0
+    max_tuples: int = 0
+
+
+_BOTH = _FRAMEWORK | _TEXTS | _NUMBERS | _TABLES | _NOTES_IN | _NOTES_OUT
+DICTIONARY = Plain(_BOTH | {"GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD"}, frozenset({"REDUCE", "BUILD"}))
+CHECKPOINT = Plain(
+    _BOTH | {"GLOBAL", "REDUCE", "BUILD", "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "BINPERSID"},
+    max_reused=20,
+    max_tuples=10_000,
+)
 
 
 def shown(value: object) -> str:
@@ -37,17 +65,13 @@ def shown(value: object) -> str:
     return f"{value!r:.80}" if plain else f"a {type(value).__name__}"
 
 
-def require_harmless(
-    content: bytes, where: str, admitted: Collection[str], scalars_by: Collection[str], max_reused: int
-) -> set[str]:
+def require_harmless(content: bytes, where: str, plain: Plain) -> set[str]:
     """Refuse a pickle that would take more memory or time than its size says.
 
     Args:
         content: the pickle.
         where: its file, for errors.
-        admitted: opcodes it may use, `DICTIONARY` or `CHECKPOINT`.
-        scalars_by: those that make something without parts, of `REDUCE` and `BUILD`.
-        max_reused: how often it may use a container again; each time can double what the whole stands for.
+        plain: what it may hold.
 
     Returns:
         The globals it asks for by name, `module name`; not those of `STACK_GLOBAL`.
@@ -55,28 +79,46 @@ def require_harmless(
     Raises:
         UserError: damaged, or refused.
     """
-    single = _TEXTS | {"GLOBAL", "STACK_GLOBAL"} | frozenset(scalars_by)
-    is_single: dict[int, bool] = {}  # per note: whether it has no parts
-    names, n_opcodes, n_reused, before = set(), 0, 0, ""
+    found = _Found(_TEXTS | {"GLOBAL", "STACK_GLOBAL"} | plain.scalars_by)
+    why = ""
     try:
-        for opcode, argument, _ in pickletools.genops(content):
-            name, n_opcodes = opcode.name, n_opcodes + 1
-            if name not in admitted or n_opcodes > MAX_OPCODES:
-                raise UserError(f"{where}: refused, it is no plain data ({name}); fetch it again from its origin.")
-            if name in _NOTES_IN:
-                note = len(is_single) if argument is None else argument
-                if note > n_opcodes:
-                    raise UserError(f"{where}: refused, it asks for {note} notes; fetch it again from its origin.")
-                is_single[note] = before in single
-            elif name in _NOTES_OUT:
-                n_reused += not is_single[argument]
-            elif name == "GLOBAL":
-                names.add(argument)
-            before = name
+        for n_opcodes, (opcode, argument, _) in enumerate(pickletools.genops(content), start=1):
+            if opcode.name not in plain.opcodes or n_opcodes > MAX_OPCODES:
+                why = f"is no plain data ({opcode.name})"
+            elif type(argument) is int and abs(argument) >= MAX_INTEGER:
+                why = f"holds an integer of {argument.bit_length()} bits"
+            elif opcode.name in _NOTES_IN and (argument or 0) > n_opcodes:
+                why = f"asks for {argument} notes"
+            if why:
+                break
+            found.add(opcode.name, argument)
     except (ValueError, KeyError, IndexError, OverflowError, UnicodeError) as error:
         raise UserError(f"{where}: is damaged or not a pickle ({error!s:.200}); fetch it again.") from None
-    if n_reused > max_reused:
-        raise UserError(
-            f"{where}: refused, its parts hold each other {n_reused} times; fetch it again from its origin."
-        )
-    return names
+    if found.n_reused > plain.max_reused:
+        why = why or f"holds parts that hold each other {found.n_reused} times"
+    if found.n_tuples > plain.max_tuples:
+        why = why or f"holds {found.n_tuples} tuples"
+    if why:
+        raise UserError(f"{where}: refused, it {why}; fetch it again from its origin.")
+    return found.names
+
+
+class _Found:
+    """What the opcodes seen so far have in them."""
+
+    def __init__(self, single: frozenset[str]) -> None:
+        self.names: set[str] = set()
+        self.n_reused = self.n_tuples = 0
+        self._single, self._before = single, ""
+        self._is_single: dict[int, bool] = {}  # per note: whether it has no parts
+
+    def add(self, name: str, argument: Any) -> None:
+        if name in _NOTES_IN:  # does not count as what comes before: it stands between a tuple and what takes it
+            self._is_single[len(self._is_single) if argument is None else argument] = self._before in self._single
+            return
+        self.n_tuples += self._before in _TUPLES and name not in _TUPLE_USERS
+        if name in _NOTES_OUT:
+            self.n_reused += not self._is_single[argument]
+        elif name == "GLOBAL":
+            self.names.add(argument)
+        self._before = name

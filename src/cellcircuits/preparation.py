@@ -2,56 +2,36 @@
 
 Layers are worked on in groups that fit in memory, each group with two passes over the cells: one samples the
 training rows, one counts the catalog and judges the SAEs on held-out cells. `results.json` is written last
-and marks a layer as finished.
+and marks a layer as finished; what is done of the others is kept in `sae_models/unfinished/` meanwhile.
 """
 
 import json
 import logging
+import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from cellcircuits.activations import (
-    FLOAT32_BYTES,
-    CellSplit,
-    collect_rows,
-    draw_rows,
-    layer_groups,
-    stream,
-)
-from cellcircuits.annotation import AnnotationSettings, annotate_catalog
-from cellcircuits.cells import Cell
+from cellcircuits.activations import FLOAT32_BYTES, layer_groups
+from cellcircuits.annotation import annotate_catalog
 from cellcircuits.errors import UserError
-from cellcircuits.feature_stats import (
-    GeneFeatureCounts,
-    ReconstructionError,
-    StreamBaseline,
-    build_catalog,
-    catalog_bytes,
-    fit_baseline,
-    gene_tokens,
-    loss_report,
-    mask_positions,
-    masked_gene_losses,
-    splice,
-)
-from cellcircuits.gene_sets import TermTable
-from cellcircuits.inputs import ModelAndCells, open_saes
+from cellcircuits.feature_stats import GeneFeatureCounts, build_catalog, catalog_bytes, gene_tokens
+from cellcircuits.input_counts import inputs_entry, left_out_lines
+from cellcircuits.inputs import LayerSAE, open_saes
 from cellcircuits.jsonio import read_json, write_json
-from cellcircuits.results import setting_differences, settings_fingerprint
-from cellcircuits.sae_store import SAEFiles, run_folder, save_sae
-from cellcircuits.sae_training import TrainingSettings, train_sae
-from sae_model import TopKSAE
+from cellcircuits.manifest import origin_differences, setting_differences, settings_fingerprint
+from cellcircuits.preparation_passes import TrainedSAE, count_group, losses_of_group, train_group
+from cellcircuits.preparation_settings import Preparation
+from cellcircuits.preparation_state import Unfinished, clear_unfinished, remove_half_written, unfinished_folder
+from cellcircuits.results import exclusive
+from cellcircuits.sae_store import SAEFiles, save_sae
 
 log = logging.getLogger(__name__)
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RESULTS = "results.json"
 LAYER_FILES = ("sae_final.pt", "activation_mean.npy", "feature_catalog.json", "feature_annotations.json")
-MASKED_SHARE = 0.15
+ROOT_FLAG = "--data-root"
 
 QUALITY_DEFINITIONS = {
     "fvu": "|x - x^|^2 / |x - mean|^2 over the gene positions of the held-out cells; mean of the training rows",
@@ -66,56 +46,6 @@ QUALITY_DEFINITIONS = {
 }
 
 
-@dataclass(frozen=True)
-class PreparationSettings:
-    """What to make, beyond which model and cells."""
-
-    layers: tuple[int, ...]
-    training: TrainingSettings = field(default_factory=TrainingSettings)
-    annotation: AnnotationSettings = field(default_factory=AnnotationSettings)
-    train_rows: int = 1_000_000
-    mask_share: float = 0.0
-    min_firings: int = 5
-    n_top_genes: int = 20
-    n_loss_cells: int = 20
-    max_memory_gb: float = 8.0
-    relabel: bool = False
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """Everything one run works with.
-
-    `record` holds the settings that determine the numbers of every layer, `terms` is None without gene sets.
-    """
-
-    data_root: Path
-    inputs: ModelAndCells
-    split: CellSplit
-    settings: PreparationSettings
-    terms: TermTable | None
-    record: Mapping[str, Any]
-
-    def folder(self, layer: int) -> Path:
-        """Where the files of a layer go."""
-        return run_folder(self.data_root, layer, self.settings.training.expansion, self.settings.training.k)
-
-    def layer_record(self, layer: int) -> dict[str, Any]:
-        """The settings that determine the numbers of one layer, as flat JSON values."""
-        settings = self.settings
-        return {
-            **self.record,
-            "layer": layer,
-            **asdict(settings.training),
-            "train_rows": settings.train_rows,
-            "mask_share": settings.mask_share,
-            "min_firings": settings.min_firings,
-            "top_genes": settings.n_top_genes,
-            "loss_cells": settings.n_loss_cells,
-            "alpha": settings.annotation.alpha,
-        }
-
-
 def prepare(work: Preparation) -> list[dict[str, Any]]:
     """Make every layer that is not finished yet.
 
@@ -123,19 +53,33 @@ def prepare(work: Preparation) -> list[dict[str, Any]]:
         The content of `results.json` of every asked layer, in order.
 
     Raises:
-        UserError: a folder holds something made with other settings, or by someone else.
+        UserError: a folder holds something made with other settings, or by someone else, or another run works there.
     """
-    finished = {layer: kept for layer in work.settings.layers if (kept := _finished(work, layer)) is not None}
-    pending = [layer for layer in work.settings.layers if layer not in finished]
-    for layer in finished:
-        log.info("Layer %d: finished before with these settings, kept", layer)
-    if pending:
-        for group in _groups(work, pending):
-            finished |= _prepare_group(work, group)
-    return [finished[layer] for layer in work.settings.layers]
+    layers = work.settings.layers
+    with exclusive(work.data_root, ROOT_FLAG):
+        finished = {layer: kept for layer in layers if (kept := finished_before(work, layer)) is not None}
+        states = {
+            layer: work.unfinished(work.folder(layer).name, work.layer_record(layer))
+            for layer in layers
+            if layer not in finished
+        }
+        for layer, kept in finished.items():
+            _say_kept(work, layer, kept)
+            clear_unfinished(unfinished_folder(work.data_root, work.folder(layer).name))
+        for group in _groups(work, states) if states else ():
+            finished |= _prepare_group(work, {layer: states[layer] for layer in group})
+    return [finished[layer] for layer in layers]
 
 
-def _finished(work: Preparation, layer: int) -> dict[str, Any] | None:
+def _say_kept(work: Preparation, layer: int, kept: Mapping[str, Any]) -> None:
+    origins = kept.get("provenance")
+    last = origins[-1] if isinstance(origins, list) and origins else origins
+    others = origin_differences(last if isinstance(last, dict) else {}, work.inputs.provenance())
+    by = f" (other software made it: {'; '.join(others)})" if others else ""
+    log.info("Layer %d: finished before with these settings, kept%s", layer, by)
+
+
+def finished_before(work: Preparation, layer: int) -> dict[str, Any] | None:
     """The results of a layer that is done with these very settings; None where it is to be made."""
     folder = work.folder(layer)
     path = folder / RESULTS
@@ -147,16 +91,16 @@ def _finished(work: Preparation, layer: int) -> dict[str, Any] | None:
             )
         return None
     kept = read_json(path)
-    if not isinstance(kept, dict) or not isinstance(kept.get("settings"), dict):
+    if not isinstance(kept, dict) or not isinstance(kept.get("settings"), dict) or not _can_be_shown(kept):
         raise UserError(f"{path}: was not written by this script; choose another --data-root.")
-    if not kept.get("finished"):
-        return None
     differences = list(setting_differences(kept["settings"], json.loads(json.dumps(work.layer_record(layer)))))
     if differences:
         raise UserError(
             f"{folder}: was made with other settings ({'; '.join(differences)}); choose another --data-root, "
             "or repeat those settings to keep it."
         )
+    if not kept.get("finished"):
+        return None
     wanted = LAYER_FILES if work.terms is not None else LAYER_FILES[:-1]
     gone = [name for name in wanted if not (folder / name).is_file()]
     if gone:
@@ -165,118 +109,79 @@ def _finished(work: Preparation, layer: int) -> dict[str, Any] | None:
     return kept
 
 
-def _groups(work: Preparation, layers: Sequence[int]) -> list[tuple[int, ...]]:
+def _can_be_shown(results: Mapping[str, Any]) -> bool:
+    try:
+        table_lines([results])
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def rows_of(work: Preparation) -> tuple[int, int]:
+    """Gene positions of the training cells, and how many of them are training rows."""
     n_available = sum(len(cell.gene_positions) for cell in work.split.train)
-    n_rows = min(work.settings.train_rows, n_available)
+    return n_available, min(work.settings.train_rows, n_available)
+
+
+def bytes_per_layer(work: Preparation) -> int:
+    """Memory that the work on one layer takes: its rows first, its counts later."""
     d_model = work.inputs.loaded.model.config.hidden_size
     n_genes = len(gene_tokens(work.inputs.cells.cells)[0])
-    needed = max(n_rows * d_model * FLOAT32_BYTES, catalog_bytes(n_genes, work.settings.training.expansion * d_model))
-    groups = layer_groups(layers, needed, int(work.settings.max_memory_gb * 2**30))
+    counts = catalog_bytes(n_genes, work.settings.training.expansion * d_model)
+    return max(rows_of(work)[1] * d_model * FLOAT32_BYTES, counts)
+
+
+def _groups(work: Preparation, states: Mapping[int, Unfinished]) -> list[tuple[int, ...]]:
+    needed = bytes_per_layer(work)
+    groups = layer_groups(list(states), needed, int(work.settings.max_memory_gb * 2**30))
+    n_available, n_rows = rows_of(work)
     log.info(
         "Training rows: %d of %d gene positions in %d cells; %d held-out cells; %d layers in %d group(s)",
-        n_rows, n_available, len(work.split.train), len(work.split.held_out), len(layers), len(groups),
+        n_rows, n_available, len(work.split.train), len(work.split.held_out), len(states), len(groups),
     )  # fmt: skip
+    largest = max(map(len, groups))
+    _require_disk(work.data_root, (largest + 1) * needed, states.values())
     return groups
 
 
-def _prepare_group(work: Preparation, layers: Sequence[int]) -> dict[int, dict[str, Any]]:
+def _require_disk(data_root: Path, n_bytes: int, states: Iterable[Unfinished]) -> None:
+    """Check that unfinished work has room; one part more, for the file that is being replaced, is in `n_bytes`."""
+    free = shutil.disk_usage(data_root).free + sum(state.n_bytes() for state in states)
+    log.info("Unfinished work takes up to %.2g GiB in %s", n_bytes / 2**30, unfinished_folder(data_root, ""))
+    if free < n_bytes:
+        raise UserError(
+            f"{data_root}: unfinished work may take {n_bytes / 2**30:.1f} GiB there, and {free / 2**30:.1f} GiB are "
+            "free; free some, lower --max-memory-gb or choose another --data-root."
+        )
+
+
+def _prepare_group(work: Preparation, states: Mapping[int, Unfinished]) -> dict[int, dict[str, Any]]:
     """Train, count, judge and write one group of layers."""
     started = time.monotonic()
-    saes, baselines, trainings = _train_group(work, layers)
-    counts, errors = _count_group(work, saes, baselines)
-    losses = _losses_of_group(work, saes)
+    model, cells = work.inputs.loaded.model, work.inputs.cells.cells
+    for layer in states:
+        remove_half_written(work.folder(layer), (*LAYER_FILES, RESULTS))
+    trained = train_group(work, states)
+    saes = {layer: of_layer.sae for layer, of_layer in trained.items()}
+    baselines = {layer: of_layer.baseline for layer, of_layer in trained.items()}
+    held_out = frozenset(cell.row for cell in work.split.held_out)
+    tallies = count_group(model, cells, saes, states, baselines, held_out)
+    losses = losses_of_group(work, saes, states)
     results = {}
-    for layer in layers:
-        catalog = _catalog(work, layer, counts[layer], work.settings.training.k)
+    for layer, state in states.items():
+        catalog = _catalog(work, layer, tallies[layer].counts, saes[layer].k)
         quality = {
-            **errors[layer].report(),
+            **tallies[layer].errors.report(),
             "alive": catalog["summary"]["n_alive"] / catalog["summary"]["n_features"],
             "traceable": catalog["summary"]["n_traceable"] / catalog["summary"]["n_features"],
             "participation_ratio": baselines[layer].participation_ratio,
             **losses[layer],
             "definitions": QUALITY_DEFINITIONS,
         }
-        parts = {"quality": quality, "training": trainings[layer]}
-        results[layer] = _write_layer(work, layer, saes[layer], catalog, parts)
-    log.info("Layers %s: %.0f s", ", ".join(map(str, layers)), time.monotonic() - started)
+        results[layer] = _write_layer(work, state, trained[layer], catalog, quality)
+        state.clear()
+    log.info("Layers %s: %.0f s", ", ".join(map(str, states)), time.monotonic() - started)
     return results
-
-
-def _train_group(
-    work: Preparation, layers: Sequence[int]
-) -> tuple[dict[int, TopKSAE], dict[int, StreamBaseline], dict[int, dict[str, Any]]]:
-    model, settings = work.inputs.loaded.model, work.settings
-    train = _with_masks(work)
-    offsets = draw_rows([len(cell.gene_positions) for cell in train], settings.train_rows, settings.training.seed)
-    rows = collect_rows(model, train, offsets, layers)
-    saes, baselines, trainings = {}, {}, {}
-    for layer in layers:
-        of_layer = rows.pop(layer)
-        started = time.monotonic()
-        saes[layer], trainings[layer] = train_sae(of_layer, settings.training, model.device, f"layer {layer}")
-        mean = saes[layer].input_mean.cpu().numpy()
-        baselines[layer] = fit_baseline(of_layer, mean, settings.training.k, model.device)
-        trainings[layer]["elapsed_seconds"] = time.monotonic() - started
-    return saes, baselines, trainings
-
-
-def _with_masks(work: Preparation) -> Sequence[Cell]:
-    """The training cells, a share of whose genes shows the mask token.
-
-    Raises:
-        UserError: masks are asked for and the dictionary has no mask token.
-    """
-    share, mask_token = work.settings.mask_share, work.inputs.vocabulary.mask
-    if not share:
-        return work.split.train
-    if mask_token is None:
-        raise UserError(f"--mask-share {share}: the model's dictionary has no <mask>; leave the flag out.")
-    rng = np.random.default_rng(work.settings.training.seed)
-    masked_cells = []
-    for cell in work.split.train:
-        tokens = cell.tokens.copy()
-        tokens[mask_positions(cell, share, rng)] = mask_token
-        masked_cells.append(replace(cell, tokens=tokens))
-    return masked_cells
-
-
-def _count_group(
-    work: Preparation, saes: Mapping[int, TopKSAE], baselines: Mapping[int, StreamBaseline]
-) -> tuple[dict[int, GeneFeatureCounts], dict[int, ReconstructionError]]:
-    """One pass over all cells: firings of every gene, and errors where the cell is held out."""
-    cells = work.inputs.cells.cells
-    tokens = gene_tokens(cells)[0]
-    held_out = {cell.row for cell in work.split.held_out}
-    counts = {layer: GeneFeatureCounts.empty(tokens, sae.n_features) for layer, sae in saes.items()}
-    errors = {layer: ReconstructionError() for layer in saes}
-    for _, cell, streams in stream(work.inputs.loaded.model, cells, list(saes), "counting firings"):
-        for layer, residual in streams.items():
-            counts[layer].add_latents(cell, *saes[layer].top_k(residual))
-            if cell.row in held_out:
-                errors[layer].add(residual, saes[layer], baselines[layer])
-    return counts, errors
-
-
-def _losses_of_group(work: Preparation, saes: Mapping[int, TopKSAE]) -> dict[int, dict[str, Any]]:
-    """Masked-gene losses of every layer on the first held-out cells; the untouched model is run once."""
-    mask_token = work.inputs.vocabulary.mask
-    cells = work.split.held_out[: work.settings.n_loss_cells]
-    if mask_token is None or not cells:
-        reason = "the dictionary has no <mask>" if mask_token is None else "--loss-cells 0"
-        log.info("Masked-gene loss is not measured: %s", reason)
-        return {layer: {"loss_skipped": reason} for layer in saes}
-    rng = np.random.default_rng(work.settings.training.seed)
-    masks = [mask_positions(cell, MASKED_SHARE, rng) for cell in cells]
-    edit_of: dict[Any, Any] = {"original": None}
-    for layer, sae in saes.items():
-        edit_of |= {(layer, name): (layer, edit) for name, edit in splice(sae).items()}
-    losses = masked_gene_losses(work.inputs.loaded.model, (cells, masks), mask_token, edit_of)
-    reports = {}
-    for layer in saes:
-        of_layer = {name: losses[layer, name] for name in splice(saes[layer])}
-        report = loss_report({"original": losses["original"], **of_layer})
-        reports[layer] = {**report, "n_loss_cells": len(cells), "n_masked": sum(len(mask) for mask in masks)}
-    return reports
 
 
 def complete_existing(work: Preparation, run_name: str | None) -> list[str]:
@@ -290,24 +195,45 @@ def complete_existing(work: Preparation, run_name: str | None) -> list[str]:
         One line of text per layer.
 
     Raises:
-        UserError: an SAE is missing or does not fit the model, or labels lie there without their catalog.
+        UserError: an SAE is missing or does not fit the model, labels lie there without their catalog, or another
+            run works there.
     """
-    layers = open_saes(work.data_root, work.settings.layers, run_name, work.inputs.loaded)
-    missing = [layer for layer, opened in layers.items() if not opened.files.catalog.exists()]
-    for layer in missing:
-        if layers[layer].files.annotations.exists():
-            raise UserError(f"{layers[layer].files.annotations}: are labels without their catalog; move them away.")
-    tokens = gene_tokens(work.inputs.cells.cells)[0]
-    largest = max((catalog_bytes(len(tokens), layers[layer].sae.n_features) for layer in missing), default=1)
-    for group in layer_groups(missing, largest, int(work.settings.max_memory_gb * 2**30)) if missing else ():
-        saes = {layer: layers[layer].sae for layer in group}
-        counts = {layer: GeneFeatureCounts.empty(tokens, sae.n_features) for layer, sae in saes.items()}
-        for _, cell, streams in stream(work.inputs.loaded.model, work.inputs.cells.cells, group, "counting firings"):
-            for layer, residual in streams.items():
-                counts[layer].add_latents(cell, *saes[layer].top_k(residual))
-        for layer, sae in saes.items():
-            write_json(layers[layer].files.catalog, _catalog(work, layer, counts[layer], sae.k))
-    return [_label_existing(work, layer, opened.files) for layer, opened in layers.items()]
+    with exclusive(work.data_root, ROOT_FLAG):
+        layers = open_saes(work.data_root, work.settings.layers, run_name, work.inputs.loaded)
+        for opened in layers.values():
+            for path in (opened.files.catalog, opened.files.annotations):
+                remove_half_written(path.parent, [path.name])
+        missing = {layer: opened for layer, opened in layers.items() if not opened.files.catalog.exists()}
+        _make_catalogs(work, missing)
+        return [_label_existing(work, layer, opened.files) for layer, opened in layers.items()]
+
+
+def _make_catalogs(work: Preparation, missing: Mapping[int, LayerSAE]) -> None:
+    for opened in missing.values():
+        if opened.files.annotations.exists():
+            raise UserError(f"{opened.files.annotations}: are labels without their catalog; move them away.")
+    if not missing:
+        return
+    model, cells = work.inputs.loaded.model, work.inputs.cells.cells
+    n_genes = len(gene_tokens(cells)[0])
+    needed = max(catalog_bytes(n_genes, opened.sae.n_features) for opened in missing.values())
+    states = {layer: _unfinished_catalog(work, opened) for layer, opened in missing.items()}
+    groups = layer_groups(list(missing), needed, int(work.settings.max_memory_gb * 2**30))
+    _require_disk(work.data_root, (max(map(len, groups)) + 1) * needed, states.values())
+    for group in groups:
+        saes = {layer: missing[layer].sae for layer in group}
+        tallies = count_group(model, cells, saes, {layer: states[layer] for layer in group}, {}, frozenset())
+        for layer, tally in tallies.items():
+            write_json(missing[layer].files.catalog, _catalog(work, layer, tally.counts, saes[layer].k))
+            states[layer].clear()
+
+
+def _unfinished_catalog(work: Preparation, opened: LayerSAE) -> Unfinished:
+    """What is counted so far for the catalog of an SAE, in a folder named after it."""
+    checkpoint = opened.files.checkpoint
+    name = checkpoint.parent.name if checkpoint.name == LAYER_FILES[0] else checkpoint.stem
+    of_run = {key: work.record[key] for key in ("model", "dictionaries", "cells")}
+    return work.unfinished(name, {"catalog_of": opened.fingerprint, **of_run})
 
 
 def _label_existing(work: Preparation, layer: int, files: SAEFiles) -> str:
@@ -342,8 +268,9 @@ def _write_labels(work: Preparation, catalog: Mapping[str, Any], path: Path) -> 
 
 
 def _write_layer(
-    work: Preparation, layer: int, sae: TopKSAE, catalog: Mapping[str, Any], parts: Mapping[str, Any]
+    work: Preparation, state: Unfinished, trained: TrainedSAE, catalog: Mapping[str, Any], quality: Mapping[str, Any]
 ) -> dict[str, Any]:
+    layer = catalog["summary"]["layer"]
     folder, record = work.folder(layer), work.layer_record(layer)
     results: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -353,12 +280,14 @@ def _write_layer(
         "fingerprint": settings_fingerprint(record),
     }
     write_json(folder / RESULTS, results)  # from here on the folder is known as ours
-    save_sae(sae, folder)
+    save_sae(trained.sae, folder)
     write_json(folder / "feature_catalog.json", catalog)
     summary = _write_labels(work, catalog, folder / "feature_annotations.json")
     if summary:
         results["annotation"] = summary
-    results |= {"finished": True, **parts, "provenance": work.inputs.provenance()}
+    provenance = state.record["provenance"]
+    results |= {"finished": True, "quality": quality, "training": trained.record, "provenance": provenance}
+    results |= inputs_entry(provenance, {"sae": work.settings.training.seed})
     write_json(folder / RESULTS, results)
     return results
 
@@ -376,4 +305,4 @@ def table_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
         values = [result.get(part, {}).get(key) for part, key in columns.values()]
         cells = [f"{value:>10.3f}" if value is not None else f"{'-':>10}" for value in values]
         lines.append(f"{result['layer']:>5}  {''.join(cells)}")
-    return lines
+    return [*lines, *(line for result in results[-1:] for line in left_out_lines(result))]

@@ -8,7 +8,9 @@ The scaling is folded back at the end: the SAE given out takes the raw residual 
 Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", section 2 and appendix A.
 """
 
+import json
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,12 +22,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cellcircuits.errors import UserError
+from cellcircuits.preparation_state import SaveClock, Unfinished
 from sae_model import TopKSAE
 
 RMS_CHUNK_ROWS = 65_536
 REFERENCE_FEATURES = 1 << 14
 REFERENCE_RATE = 4e-4
 N_LOGGED = 100
+TRAINING = "training.npz"
+ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class TrainingSettings:
 
 @dataclass
 class TrainingRun:
-    """State of one training: the SAE in scaled space, when each feature last fired, the log."""
+    """State of one training: the SAE in scaled space, when each feature last fired, the steps and seconds taken."""
 
     sae: TopKSAE
     optimizer: torch.optim.Optimizer
@@ -67,10 +72,16 @@ class TrainingRun:
     dead_after_rows: int
     k_aux: int
     log: list[dict[str, float]] = field(default_factory=list)
+    n_done: int = 0
+    seconds: float = 0.0
 
 
 def train_sae(
-    rows: np.ndarray, settings: TrainingSettings, device: torch.device, what: str = "training"
+    rows: np.ndarray,
+    settings: TrainingSettings,
+    device: torch.device,
+    what: str = "SAE",
+    state: Unfinished | None = None,
 ) -> tuple[TopKSAE, dict[str, Any]]:
     """Train an SAE on rows of the raw residual stream.
 
@@ -78,7 +89,8 @@ def train_sae(
         rows: (n_rows, d_model) float32.
         settings: sizes, schedule and seed.
         device: where to train; the SAE comes back on it.
-        what: the progress bar's text.
+        what: what the progress bar and errors call it.
+        state: where the training is kept every few minutes and gone on with; None keeps nothing.
 
     Returns:
         The SAE, whose `input_mean` is the mean of `rows`, and a JSON-able record of the training.
@@ -96,19 +108,42 @@ def train_sae(
     with _denormals_flushed():
         generator = torch.Generator().manual_seed(settings.seed)
         run = _start(rows.shape, settings, generator, device)
-        batches = _batches(rows, (mean, rms), batch_size, settings.epochs, generator)
-        for step, batch in enumerate(tqdm(batches, desc=what, total=n_steps, unit="step", disable=None)):
-            rate = settings.learning_rate(n_features) * settings.rate_factor((step + 1) / (n_steps + 1))
-            losses = _step(run, batch.to(device), rate, settings.aux_coefficient)
-            if step % max(1, n_steps // N_LOGGED) == 0 or step == n_steps - 1:
-                run.log.append({"step": step, **{name: float(value) for name, value in losses.items()}})
-                _require_finite(run.log[-1])
+        if state is not None:
+            _restore(run, state)
+        batches = _batches(rows, (mean, rms), batch_size, (run.n_done, n_steps), generator)
+        _train(run, batches, n_steps, settings, what, state)
     sae = fold_scaling(run.sae, mean, rms)
     n_dead = int((run.rows_since_fired >= run.dead_after_rows).sum())
     return sae, {
         "n_rows": n_rows, "n_steps": n_steps, "lr": settings.learning_rate(n_features), "input_rms": rms,
         "dead_after_rows": run.dead_after_rows, "n_dead_at_end": n_dead, "log": run.log,
+        "elapsed_seconds": run.seconds,
     }  # fmt: skip
+
+
+def _train(
+    run: TrainingRun,
+    batches: Iterator[Tensor],
+    n_steps: int,
+    settings: TrainingSettings,
+    what: str,
+    state: Unfinished | None,
+) -> None:
+    """Take all the steps that are left, saving on the way."""
+    peak, log_every = settings.learning_rate(run.sae.n_features), max(1, n_steps // N_LOGGED)
+    started, clock = time.monotonic() - run.seconds, SaveClock()
+    for batch in tqdm(batches, desc=what, initial=run.n_done, total=n_steps, unit="step", disable=None):
+        step = run.n_done
+        rate = peak * settings.rate_factor((step + 1) / (n_steps + 1))
+        losses = _step(run, batch.to(run.rows_since_fired.device), rate, settings.aux_coefficient)
+        run.n_done, run.seconds = step + 1, time.monotonic() - started
+        if step % log_every == 0 or step == n_steps - 1:
+            run.log.append({"step": step, **{name: float(value) for name, value in losses.items()}})
+            _require_finite(run, losses, what)
+        if state is not None and clock.due():
+            _require_finite(run, losses, what)  # what is kept can be gone on with
+            _keep(run, state)
+            clock.saved()
 
 
 def mean_and_rms(rows: np.ndarray) -> tuple[np.ndarray, float]:
@@ -165,22 +200,60 @@ def _start(
     )
 
 
+def _kept_tensors(run: TrainingRun) -> dict[str, Tensor]:
+    """Weights, what Adam knows about each, and when features last fired: all that the next step depends on."""
+    named = dict(run.sae.state_dict())
+    for name, parameter in run.sae.named_parameters():
+        of_parameter = run.optimizer.state.get(parameter) or {
+            key: torch.zeros(()) if key == "step" else torch.zeros_like(parameter) for key in ADAM_STATE
+        }
+        named |= {f"{name}.{key}": of_parameter[key] for key in ADAM_STATE}
+    return named | {"rows_since_fired": run.rows_since_fired}
+
+
+def _kept_arrays(run: TrainingRun) -> dict[str, np.ndarray]:
+    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in _kept_tensors(run).items()}
+    facts = {"log": json.dumps(run.log), "n_done": run.n_done, "seconds": run.seconds}
+    return arrays | {name: np.array(value) for name, value in facts.items()}
+
+
+def _keep(run: TrainingRun, state: Unfinished) -> None:
+    state.write(TRAINING, _kept_arrays(run))
+
+
+def _restore(run: TrainingRun, state: Unfinished) -> None:
+    """Go on with what `_keep` wrote, if there is something."""
+    kept = state.read(TRAINING, _kept_arrays(run))
+    if kept is None:
+        return
+    tensors = {name: torch.from_numpy(kept[name]) for name in _kept_tensors(run)}
+    run.sae.load_state_dict({name: tensors[name] for name in run.sae.state_dict()})
+    moments = {
+        number: {key: tensors[f"{name}.{key}"] for key in ADAM_STATE}
+        for number, (name, _) in enumerate(run.sae.named_parameters())
+    }
+    run.optimizer.load_state_dict({"state": moments, "param_groups": run.optimizer.state_dict()["param_groups"]})
+    run.rows_since_fired.copy_(tensors["rows_since_fired"])
+    run.log, run.n_done, run.seconds = json.loads(str(kept["log"])), int(kept["n_done"]), float(kept["seconds"])
+
+
 def _batches(
     rows: np.ndarray,
     scale: tuple[np.ndarray, float],
     batch_size: int,
-    epochs: int,
+    steps: tuple[int, int],
     generator: torch.Generator,
 ) -> Iterator[Tensor]:
-    """Shuffled full batches of scaled rows, (batch_size, d_model), on the CPU.
+    """Shuffled full batches of scaled rows, (batch_size, d_model), on the CPU, from one step up to another.
 
     What an epoch leaves over under a full batch is left out of it.
     """
     source, mean = torch.from_numpy(rows), torch.from_numpy(scale[0])
-    for _ in range(epochs):
-        order = torch.randperm(len(rows), generator=generator)
-        for start in range(0, len(rows) - batch_size + 1, batch_size):
-            yield (source[order[start : start + batch_size]] - mean) / scale[1]
+    per_epoch = len(rows) // batch_size
+    for epoch in range(steps[1] // per_epoch):
+        order = torch.randperm(len(rows), generator=generator)  # drawn also where the whole epoch is done
+        for number in range(max(steps[0] - epoch * per_epoch, 0), per_epoch):
+            yield (source[order[number * batch_size : (number + 1) * batch_size]] - mean) / scale[1]
 
 
 def _step(run: TrainingRun, x: Tensor, rate: float, aux_coefficient: float) -> dict[str, Tensor]:
@@ -230,9 +303,13 @@ def _remove_parallel_gradient(sae: TopKSAE) -> None:
             gradient.sub_((gradient * weight).sum(dim=0, keepdim=True) * weight)
 
 
-def _require_finite(losses: dict[str, float]) -> None:
-    if not all(math.isfinite(value) for value in losses.values()):
-        raise UserError(f"Training diverged at step {losses['step']:.0f}; choose a smaller --lr.")
+def _require_finite(run: TrainingRun, losses: dict[str, Tensor], what: str) -> None:
+    """Stop a training that computes no numbers any more; the weights are those after the step of the losses."""
+    values = [*losses.values(), *(parameter.detach() for parameter in run.sae.parameters())]
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise UserError(
+            f"{what}: training diverged, NaN or infinite values by step {run.n_done}; choose a smaller --lr."
+        )
 
 
 @contextmanager

@@ -5,16 +5,22 @@ Jaccard overlap               edges of both / edges of either
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellcircuits.effects import Bench, CleanCell
+from cellcircuits.jsonio import discard
 from cellcircuits.stats import EdgeRule, EffectStatistics, effect_statistics
-from cellcircuits.tracing import BlockEffects, trace_block
+from cellcircuits.tracing import BlockEffects, trace_and_save, trace_block
 
 FEATURES_AT_ONCE = 16
+STEM = "same_position_check"
 # A target that is non-zero in one of n cells has |d| = 1 / sqrt(n) exactly; rounding must not rank such ties.
 D_DECIMALS = 9
 
@@ -26,8 +32,32 @@ def sample_features(features: Sequence[int], n: int) -> list[int]:
     return [ordered[(2 * i + 1) * len(ordered) // (2 * n)] for i in range(n)]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Where what is measured lies until all of it is there: a folder, and the fingerprint of the run's settings."""
+
+    folder: Path
+    fingerprint: str
+
+    def path(self, quantity: str, first: int) -> Path:
+        """The file of the block of the sample that begins with its feature number `first`."""
+        return self.folder / f"{STEM}_{quantity}_{first:05d}.npz"
+
+    def remove(self) -> None:
+        """Remove all of it, and the folder where nothing else is in it."""
+        for path in self.folder.glob(f"{STEM}_*.npz"):
+            discard(path)
+        with suppress(OSError):
+            self.folder.rmdir()
+
+
 def run_check(
-    total: Bench, same: Bench, cells: Sequence[CleanCell], features: Sequence[int], rule: EdgeRule
+    total: Bench,
+    same: Bench,
+    cells: Sequence[CleanCell],
+    features: Sequence[int],
+    rule: EdgeRule,
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
     """Measure total and same-position effects of the same features in the same cells and compare them.
 
@@ -37,6 +67,7 @@ def run_check(
         cells: clean runs, of either bench.
         features: source features, a sample of those traced.
         rule: what makes an edge.
+        kept: where to keep what is measured, so that a later call goes on from it; None keeps it in memory only.
 
     Returns:
         A record for JSON: the sample, the seconds per (feature, cell) of each, and what `compare` finds.
@@ -47,8 +78,8 @@ def run_check(
     """
     if (total.source_layer, total.columns) != (same.source_layer, same.columns):
         raise ValueError("the two benches have different source layers or targets")
-    of_total, total_seconds = _measure(total, cells, features, rule)
-    of_same, same_seconds = _measure(same, cells, features, rule)
+    of_total, total_seconds = _measure(total, cells, features, rule, kept, "total")
+    of_same, same_seconds = _measure(same, cells, features, rule, kept, "same")
     n_pairs = sum(statistics.n_cells for statistics in of_total)
     return {
         "source_layer": total.source_layer,
@@ -63,13 +94,20 @@ def run_check(
 
 
 def _measure(
-    bench: Bench, cells: Sequence[CleanCell], features: Sequence[int], rule: EdgeRule
+    bench: Bench, cells: Sequence[CleanCell], features: Sequence[int], rule: EdgeRule, kept: Kept | None, quantity: str
 ) -> tuple[list[EffectStatistics], float]:
     """Statistics of every feature over the cells in which it is active, and the seconds that took."""
     statistics, seconds = [], 0.0
     for start in range(0, len(features), FEATURES_AT_ONCE):
         block = BlockEffects.empty(features[start : start + FEATURES_AT_ONCE], len(cells), bench.n_targets)
-        trace_block(bench, cells, block)
+        if kept is None:
+            trace_block(bench, cells, block)
+        else:
+            path = kept.path(quantity, start)
+            block.restore(path, kept.fingerprint)
+            save = partial(block.save, path, kept.fingerprint)
+            trace_and_save(bench, cells, block, save)
+            save()
         per_feature = zip(block.effects, block.measured, strict=True)
         statistics += [effect_statistics(effects[measured], rule) for effects, measured in per_feature]
         seconds += float(block.seconds.sum())

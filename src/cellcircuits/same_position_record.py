@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cellcircuits import results
+from cellcircuits import manifest, results
 from cellcircuits.claims import claimed
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import read_json, write_json
@@ -16,7 +16,12 @@ FIGURES = ("spearman_mean", "spearman_d", "edge_jaccard", "n_edges_total_effect"
 
 
 def keep_check(
-    out_dir: Path, fingerprint: str, features: Sequence[int], n_cells: int, measure: Callable[[], Mapping[str, Any]]
+    out_dir: Path,
+    fingerprint: str,
+    features: Sequence[int],
+    n_cells: int,
+    measure: Callable[[], Mapping[str, Any]],
+    tidy: Callable[[], None] = lambda: None,
 ) -> None:
     """Compare same-position with total effects, unless the folder holds that or another process is at it.
 
@@ -26,6 +31,7 @@ def keep_check(
         features: the sample to measure both ways; where it is empty there is nothing to do.
         n_cells: cells of the run.
         measure: makes the record, which costs a tail run for every cell in which a feature is active.
+        tidy: called once the record is there: nothing that was kept for it is needed any more.
 
     Raises:
         UserError: see `same_position_check.run_check`.
@@ -38,15 +44,16 @@ def keep_check(
             return
         kept = read_check(out_dir, fingerprint)
         if kept and kept["features"] == list(features):
+            tidy()
             return
         log.info(
             "Measuring the total effects of %d of the features too, to say how well same-position effects stand for "
-            "them: up to %d x %d = %d ablated runs. --same-position-check sets how many features; Ctrl-C loses "
-            "nothing else.",
+            "them: up to %d x %d = %d ablated runs. --same-position-check sets how many features.",
             *(len(features), len(features), n_cells, len(features) * n_cells),
         )
         record = {"schema_version": results.SCHEMA_VERSION, **measure(), "fingerprint": fingerprint}
         write_json(out_dir / NAME, record)
+        tidy()
 
 
 def read_check(out_dir: Path, fingerprint: str) -> dict[str, Any] | None:
@@ -71,10 +78,10 @@ def check_line(out_dir: Path) -> str | None:
     Raises:
         UserError: the folder holds no run.
     """
-    settings = results.open_folder(out_dir)["settings"]
+    settings = manifest.open_folder(out_dir)["settings"]
     if settings.get("quantity") != results.SAME_POSITION:
         return None
-    record = read_check(out_dir, results.settings_fingerprint(settings))
+    record = read_check(out_dir, manifest.settings_fingerprint(settings))
     if record is None:
         return "same-position effects were not compared with total effects (--same-position-check)"
     found = record["overall"]

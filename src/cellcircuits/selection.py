@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cellcircuits.combinations import CROSS, RANDOM, SAME, Combination, ComboFeature, best_term_of
-from cellcircuits.errors import UserError
+from cellcircuits.errors import UserError, printable
 from cellcircuits.jsonio import read_json
 
 FEATURES_PER_LAYER = 3
@@ -191,8 +191,8 @@ def _traced_feature(entry: Any, where: str) -> TracedFeature:
 
     def checked(key: str, is_right: bool, expected: str) -> Any:
         if not is_right:
-            raise UserError(f"{where}: `{key}` is {entry.get(key)!r}, expected {expected}.")
-        return entry[key]
+            raise UserError(f"{where}: `{key}` is {entry.get(key)!r:.60}, expected {expected}.")
+        return entry.get(key)
 
     def count(key: str) -> int:
         value = entry.get(key)
@@ -203,5 +203,5 @@ def _traced_feature(entry: Any, where: str) -> TracedFeature:
     checked("pathway", pathway is None or isinstance(pathway, str), "a text or null")
     is_share = isinstance(frequency, int | float) and 0 < frequency <= 1
     checked("activation_freq", is_share, "a number above 0 and at most 1")
-    feature = ComboFeature(count("layer"), count("idx"), label, count("n_edges"), *best_term_of(entry))
+    feature = ComboFeature(count("layer"), count("idx"), printable(label), count("n_edges"), *best_term_of(entry))
     return TracedFeature(feature, pathway, float(frequency))

@@ -22,7 +22,7 @@ from torch import Tensor
 from cellcircuits.cells import Cell
 from cellcircuits.device import batch_memory
 from cellcircuits.effects import TopKLatents
-from cellcircuits.errors import UserError
+from cellcircuits.finite import SMALLER_ALPHAS, require_finite, require_finite_stream, stream_at
 from cellcircuits.geneformer import edited, head_parts, masked_logits, residuals
 from cellcircuits.interventions import scale_features
 from cellcircuits.tail import MeasuredPositions, Tail
@@ -30,6 +30,10 @@ from sae_model import TopKSAE
 
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM
+
+
+HEAD = "the transform of the language-model head"
+STEERED = "the residual stream at the last layer after steering"
 
 
 @dataclass(frozen=True)
@@ -106,29 +110,32 @@ class SteeringBench:
         tokens = torch.from_numpy(cell.tokens).to(self.device)[None]
         layer = self.layers[0]
         stream = residuals(self.model, tokens, [layer])[layer]  # (1, n_pos, d_model)
+        require_finite_stream(stream[0], cell, layer)
         streams = {}
         for steered in (of_panel for of_panel in self.layers if of_panel < self.last):
             stream = self.tail.advance(stream, layer, steered)
+            require_finite_stream(stream[0], cell, steered)
             streams[steered] = stream
             layer = steered
         everywhere = MeasuredPositions.of([cell.gene_positions], self.device)
         final = stream[0, everywhere.position] if layer == self.last else self._to_the_end(stream, everywhere, layer)
+        require_finite(final, cell, stream_at(self.last), cell.gene_positions)
         transformed = self.head.transform(final)
+        require_finite(transformed, cell, HEAD, cell.gene_positions)
         mean_transformed = transformed.cpu().numpy().mean(axis=0, dtype=np.float64)
-        if not np.isfinite(mean_transformed).all():
-            raise UserError(
-                f"cell {cell.name}: the model's output holds NaN or infinite values; check the model's weights, or "
-                "compute on another --device."
-            )
         return CleanStates(cell, streams, final, transformed, mean_transformed)
 
     @torch.inference_mode()
     def latents(self, clean: CleanStates, layer: int) -> TopKLatents:
-        """Latents of a panel layer at the cell's gene positions, one row each."""
+        """Latents of a panel layer at the cell's gene positions, one row each.
+
+        Raises:
+            UserError: the SAE gives NaN or infinite values.
+        """
         if layer == self.last:
-            return TopKLatents.of(self.saes[layer], clean.final)
+            return TopKLatents.of_cell(self.saes[layer], clean.final, clean.cell, layer)
         positions = torch.from_numpy(clean.cell.gene_positions).to(self.device)
-        return TopKLatents.of(self.saes[layer], clean.streams[layer][0, positions])
+        return TopKLatents.of_cell(self.saes[layer], clean.streams[layer][0, positions], clean.cell, layer)
 
     @torch.inference_mode()
     def mean_changes(
@@ -148,6 +155,9 @@ class SteeringBench:
 
         Returns:
             (len(runs), d_model) float64.
+
+        Raises:
+            UserError: a steered pass gives NaN or infinite values.
         """
         changes = np.zeros((len(runs), clean.final.shape[-1]))
         moved = [i for i, run in enumerate(runs) if moves(latents, run)]
@@ -158,6 +168,7 @@ class SteeringBench:
             changes[moved] = self._at_the_end(clean, rows, steps).cpu().numpy()
         else:
             changes[moved] = self._through_the_tail(clean, layer, rows, steps).cpu().numpy()
+        require_finite(changes, clean.cell, f"{HEAD} after steering", mend=SMALLER_ALPHAS)
         return changes
 
     def _steps(self, layer: int, latents: TopKLatents, run: SteeringRun) -> tuple[Tensor, Tensor]:
@@ -181,12 +192,16 @@ class SteeringBench:
             stream[positions[of_run]] += step
         everywhere = MeasuredPositions.of([clean.cell.gene_positions] * len(rows), self.device)
         final = self._to_the_end(streams, everywhere, layer).unflatten(0, (len(rows), -1))  # (n_runs, n_gene, d_model)
+        require_finite(final, clean.cell, STEERED, clean.cell.gene_positions, SMALLER_ALPHAS)
         return (self.head.transform(final) - clean.transformed).mean(dim=1)
 
     def _at_the_end(self, clean: CleanStates, rows: Sequence[Tensor], steps: Sequence[Tensor]) -> Tensor:
         """The same for the last layer, in closed form: no block follows, so only the moved positions change."""
         before = torch.cat([clean.final[of_run] for of_run in rows])
-        change = self.head.transform(before + torch.cat(list(steps))) - self.head.transform(before)
+        steered = before + torch.cat(list(steps))
+        at = clean.cell.gene_positions[torch.cat(list(rows)).cpu().numpy()]
+        require_finite(steered, clean.cell, STEERED, at, SMALLER_ALPHAS)
+        change = self.head.transform(steered) - self.head.transform(before)
         of_runs = change.split([len(of_run) for of_run in rows])
         return torch.stack([of_run.sum(dim=0) for of_run in of_runs]) / len(clean.final)
 

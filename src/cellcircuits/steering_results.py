@@ -7,8 +7,9 @@ from typing import Any
 
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import read_json
+from cellcircuits.manifest import setting_differences, settings_fingerprint
 from cellcircuits.panel import PanelFeature
-from cellcircuits.results import SCHEMA_VERSION, setting_differences, settings_fingerprint
+from cellcircuits.results import SCHEMA_VERSION
 
 log = logging.getLogger(__name__)
 SUMMARY_FILE = "summary.json"

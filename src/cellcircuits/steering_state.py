@@ -85,7 +85,7 @@ class Unfinished:
                 "mean_transformed": kept["mean_transformed"],
                 "cell_done": kept["cell_done"],
             }
-        except (KeyError, ValueError, IndexError):
+        except (KeyError, ValueError, IndexError, TypeError, AttributeError):
             return
         if all(array.shape == getattr(self, name).shape for name, array in restored.items()):
             for name, array in restored.items():
@@ -103,7 +103,7 @@ def read_arrays(path: Path) -> dict[str, NDArray] | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as kept:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as kept:
             return dict(kept)
     except Exception as error:  # a damaged archive makes zipfile and NumPy raise almost anything
         log.warning("%s is damaged (%s): it is not used.", path, type(error).__name__)

@@ -7,12 +7,11 @@ over their pooled standard deviation. Per layer the 12 largest d >= 0.5 are ON, 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from cellcircuits.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM
@@ -61,7 +60,11 @@ class SwitchRule:
 
 
 def cell_activations(
-    model: "BertForMaskedLM", saes: Mapping[int, "TopKSAE"], cells: Sequence["Cell"]
+    model: "BertForMaskedLM",
+    saes: Mapping[int, "TopKSAE"],
+    cells: Sequence["Cell"],
+    kept_in: Path | None = None,
+    fingerprint: str = "",
 ) -> dict[str, NDArray[np.float32]]:
     """Activations of every feature in every cell, from one clean pass per cell.
 
@@ -69,17 +72,20 @@ def cell_activations(
         model: the Geneformer.
         saes: {layer: SAE}, on the model's device.
         cells: the cells.
+        kept_in: folder for the finished cells, which a later call goes on from; None keeps them in memory only.
+        fingerprint: of what determines the activations.
 
     Returns:
         `layer_L`, `layer_L_max` and `layer_L_frac`, each (n_cells, n_features); see `ABOUT`.
 
     Raises:
-        UserError: the model gives NaN or infinite values.
+        UserError: the model or an SAE gives NaN or infinite values.
     """
     import torch
 
     from cellcircuits.activations import stream
     from cellcircuits.effects import TopKLatents
+    from cellcircuits.kept_rows import KeptRows
 
     kinds = ("", "_max", "_frac")
     found = {
@@ -87,17 +93,21 @@ def cell_activations(
         for layer, sae in saes.items()
         for kind in kinds
     }
-    for number, cell, streams in stream(model, cells, list(saes), "activations"):
-        n_gene = len(cell.gene_positions)
-        for layer, sae in saes.items():
-            if not torch.isfinite(streams[layer]).all():
-                raise UserError(f"The model's layer {layer} gives NaN or infinite values for cell {cell.name}.")
-            with torch.inference_mode():
-                latents = TopKLatents.of(sae, streams[layer])
-            selected = np.bincount(latents.features.ravel(), minlength=sae.n_features)
-            found[f"layer_{layer}"][number] = latents.total(sae.n_features) / n_gene
-            np.maximum.at(found[f"layer_{layer}_max"][number], latents.features.ravel(), latents.values.ravel())
-            found[f"layer_{layer}_frac"][number] = selected / n_gene
+    kept = KeptRows(found, kept_in, fingerprint)
+    try:
+        for number, cell, streams in stream(model, cells, list(saes), "activations", kept.n_done):
+            n_gene = len(cell.gene_positions)
+            for layer, sae in saes.items():
+                with torch.inference_mode():
+                    latents = TopKLatents.of_cell(sae, streams[layer], cell, layer)
+                selected = np.bincount(latents.features.ravel(), minlength=sae.n_features)
+                found[f"layer_{layer}"][number] = latents.total(sae.n_features) / n_gene
+                np.maximum.at(found[f"layer_{layer}_max"][number], latents.features.ravel(), latents.values.ravel())
+                found[f"layer_{layer}_frac"][number] = selected / n_gene
+            kept.finished(number + 1)
+    except KeyboardInterrupt:
+        kept.save()
+        raise
     return found
 
 

@@ -69,10 +69,12 @@ class Tail:
                 from it in float16, others are `fp32`.
 
         Raises:
-            ValueError: there is no such precision.
+            ValueError: there is no such precision, or not for a model of this type.
         """
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        if precision != FP32 and model.dtype != torch.float32:
+            raise ValueError(f"precision {precision!r} is for a model in float32, and this one is in {model.dtype}")
         self.source_layer = source_layer
         self.targets = frozenset(targets)
         self.last = max(targets)

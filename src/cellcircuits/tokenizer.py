@@ -66,6 +66,12 @@ def rank_tokens(columns: np.ndarray, counts: np.ndarray, genes: GeneColumns, tok
     return genes.tokens[expressed[order[values[order] > 0]]]
 
 
+def n_expressed(columns: np.ndarray, counts: np.ndarray, genes: GeneColumns) -> int:
+    """Known genes of one cell that have a count, ranked or not; the arguments are those of `rank_tokens`."""
+    gene = genes.gene_of_column[columns[counts > 0]]
+    return len(np.unique(gene[gene >= 0]))
+
+
 def n_gene_limit(max_tokens: int, model_positions: int, special: tuple[int | None, int | None]) -> int:
     """Gene tokens that fit beside `<cls>` and `<eos>`.
 

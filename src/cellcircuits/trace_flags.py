@@ -35,7 +35,7 @@ def source_layers(text: str) -> tuple[int, ...] | None:
 
 
 def add_edge_flags(group: argparse._ActionsContainer) -> None:
-    """Add the two thresholds of an edge, `--batch-size` and `--precision`."""
+    """Add the two thresholds of an edge and `--batch-size`."""
     group.add_argument(
         "--min-abs-d",
         type=cli.non_negative,
@@ -51,6 +51,10 @@ def add_edge_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--batch-size", type=cli.natural, default=None, help="ablations run at once (default: what memory allows)"
     )
+
+
+def add_precision_flag(group: argparse._ActionsContainer) -> None:
+    """Add `--precision`."""
     group.add_argument(
         "--precision",
         choices=PRECISIONS,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cellcircuits import graph_store, results
+from cellcircuits import graph_store, manifest, results
+from cellcircuits.input_counts import inputs_entry
 from cellcircuits.jsonio import write_json
 from cellcircuits.precision import FP32
 from cellcircuits.stats import EdgeRule
@@ -34,6 +35,7 @@ class TraceFolder:
         precision: how the blocks after the source layer are computed.
         same_position: whether the numbers are same-position effects instead of total effects.
         n_checked: same-position effects of how many features to compare with their total effects, once all are there.
+        mix_versions: whether to go on in a folder that other software has worked in.
     """
 
     out_dir: Path
@@ -45,6 +47,7 @@ class TraceFolder:
     precision: str = FP32
     same_position: bool = False
     n_checked: int = 0
+    mix_versions: bool = False
 
     @property
     def targets(self) -> tuple[int, ...]:
@@ -70,15 +73,19 @@ class TraceFolder:
         }
         return settings | ({"quantity": results.SAME_POSITION} if self.same_position else {})
 
+    def provenance(self) -> dict[str, Any]:
+        """Where the numbers come from, for the record."""
+        return {**self.opened.provenance(), "saes": {n: str(x.files.checkpoint) for n, x in self.layers.items()}}
+
     def claim(self) -> str:
         """Make the folder this run's, or check that it is, and name its features; returns the fingerprint.
 
         Raises:
-            UserError: see `results.claim_folder`.
+            UserError: see `manifest.claim_folder`.
         """
-        saes = {n: str(x.files.checkpoint) for n, x in self.layers.items()}
-        provenance = {**self.opened.provenance(), "saes": saes}
-        fingerprint = results.claim_folder(self.out_dir, self.settings(), provenance)
+        fingerprint = manifest.claim_folder(
+            self.out_dir, self.settings(), self.provenance(), mix_versions=self.mix_versions
+        )
         graph_store.write_features(self.out_dir, {n: x.features() for n, x in self.layers.items()})
         return fingerprint
 
@@ -125,13 +132,15 @@ def make_tables(out_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]], di
     Raises:
         UserError: the folder holds no trace.
     """
-    settings = results.open_folder(out_dir, EXPERIMENT)["settings"]
+    content = manifest.open_folder(out_dir, EXPERIMENT)
+    settings = content["settings"]
     # of two processes that end at the same time, the one that writes last has then seen all shards
     with results.one_at_a_time(out_dir):
-        unnamed, per_layer = graph_store.write_edges(out_dir, results.settings_fingerprint(settings))
+        unnamed, per_layer = graph_store.write_edges(out_dir, manifest.settings_fingerprint(settings))
         features = graph_store.fill_degrees(out_dir, settings["source_layer"], unnamed)
         summary = results.summarise(settings["source_layer"], features)
         if "quantity" in settings:
             summary["quantity"] = settings["quantity"]
+        summary |= inputs_entry(content.get("provenance"))
         write_json(out_dir / "exhaustive_summary.json", summary)
     return summary, features, per_layer

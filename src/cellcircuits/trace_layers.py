@@ -2,20 +2,21 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cellcircuits import results
+from cellcircuits import manifest, results
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import write_json
 from cellcircuits.same_position_record import keep_check
 from cellcircuits.trace_folder import EXPERIMENT, TraceFolder, make_tables
 
 if TYPE_CHECKING:
+    from cellcircuits.clean_runs import CleanRuns
     from cellcircuits.effects import Bench, CleanCell
 
 log = logging.getLogger(__name__)
@@ -45,24 +46,9 @@ def trace_in_order(works: Sequence[LayerWork], batch_size: int | None) -> None:
     Raises:
         UserError: see `TraceFolder.trace`.
     """
-    # torch takes seconds to import: only where something is computed
-    from cellcircuits.clean_runs import CleanRuns
-    from cellcircuits.effects import Bench
-    from cellcircuits.precision import FP32, MIXED
-    from cellcircuits.tail import Tail
-
-    first = works[0].folder
-    model, cells = first.opened.loaded.model, first.opened.cells.cells
-    targets = sorted({target for work in works for target in work.folder.targets})
-    tail = Tail(model, first.source_layer, targets, first.precision)
-    # Source streams are float32 ones whatever the precision: a tail that rounds clean runs may not carry them on.
-    carries_on = first.precision in (FP32, MIXED)
-    clean = None
-    for work in works:
+    folders = [work.folder for work in works]
+    for work, (bench, clean) in zip(works, in_order(folders), strict=True):
         folder = work.folder
-        saes = {layer: x.sae for layer, x in folder.layers.items()}
-        bench = Bench(model, saes, folder.source_layer, folder.targets, tail)
-        clean = CleanRuns(bench, cells, before=clean if carries_on else None)
         if len(works) > 1:
             log.info("Layer %d, to layers %s", folder.source_layer, ", ".join(map(str, folder.targets)))
         if folder.same_position:
@@ -71,6 +57,32 @@ def trace_in_order(works: Sequence[LayerWork], batch_size: int | None) -> None:
             folder.trace(work.features, work.fingerprint, bench, clean, batch_size)
         if len(works) > 1:  # the tables of a finished layer do not wait for the other layers
             make_tables(folder.out_dir)
+
+
+def in_order(folders: Sequence[TraceFolder]) -> Iterator[tuple["Bench", "CleanRuns"]]:
+    """For each source layer its bench for total effects and the clean runs of the cells there.
+
+    Args:
+        folders: by ascending source layer, as in `trace_in_order`; each layer's runs carry on those of the one before.
+    """
+    # torch takes seconds to import: only where something is computed
+    from cellcircuits.clean_runs import CleanRuns
+    from cellcircuits.effects import Bench
+    from cellcircuits.precision import FP32, MIXED
+    from cellcircuits.tail import Tail
+
+    first = folders[0]
+    model, cells = first.opened.loaded.model, first.opened.cells.cells
+    targets = sorted({target for folder in folders for target in folder.targets})
+    tail = Tail(model, first.source_layer, targets, first.precision)
+    # Source streams are float32 ones whatever the precision: a tail that rounds clean runs may not carry them on.
+    carries_on = first.precision in (FP32, MIXED)
+    clean = None
+    for folder in folders:
+        saes = {layer: x.sae for layer, x in folder.layers.items()}
+        bench = Bench(model, saes, folder.source_layer, folder.targets, tail)
+        clean = CleanRuns(bench, cells, before=clean if carries_on else None)
+        yield bench, clean
 
 
 def trace_same_position(work: LayerWork, total: "Bench", clean: "Sequence[CleanCell]", batch_size: int | None) -> None:
@@ -86,7 +98,7 @@ def trace_same_position(work: LayerWork, total: "Bench", clean: "Sequence[CleanC
         UserError: see `TraceFolder.trace` and `same_position_record.keep_check`.
     """
     from cellcircuits.same_position import SamePositionBench
-    from cellcircuits.same_position_check import run_check, sample_features
+    from cellcircuits.same_position_check import Kept, run_check, sample_features
 
     folder = work.folder
     same = SamePositionBench(total.model, total.saes, total.source_layer, total.targets, total.tail)
@@ -94,8 +106,9 @@ def trace_same_position(work: LayerWork, total: "Bench", clean: "Sequence[CleanC
         _, traced, _ = make_tables(folder.out_dir)  # an interrupted check shall lose nothing else
         # of all that the folder holds: a run that asks for a few of them does not replace the sample by a poorer one
         features = sample_features([facts["feature_idx"] for facts in traced], folder.n_checked)
-        measure = partial(run_check, total, same, clean, features, folder.rule)
-        keep_check(folder.out_dir, work.fingerprint, features, len(clean), measure)
+        kept = Kept(folder.out_dir / "partial", work.fingerprint)
+        measure = partial(run_check, total, same, clean, features, folder.rule, kept)
+        keep_check(folder.out_dir, work.fingerprint, features, len(clean), measure, kept.remove)
 
 
 def layer_folder(out_dir: Path, layer: int) -> Path:
@@ -106,12 +119,12 @@ def layer_folder(out_dir: Path, layer: int) -> Path:
 def layer_folders(out_dir: Path) -> dict[int, Path]:
     """The layer folders below `out_dir` that hold a run, by ascending layer."""
     found = {int(match[1]): p for p in out_dir.glob("layer_*") if (match := _LAYER_FOLDER.fullmatch(p.name))}
-    return {layer: found[layer] for layer in sorted(found) if (found[layer] / results.MANIFEST).is_file()}
+    return {layer: found[layer] for layer in sorted(found) if (found[layer] / manifest.MANIFEST).is_file()}
 
 
 def holds_layers(out_dir: Path) -> bool:
     """Whether a folder is the parent of layer folders rather than a run itself."""
-    return not (out_dir / results.MANIFEST).exists() and bool(layer_folders(out_dir))
+    return not (out_dir / manifest.MANIFEST).exists() and bool(layer_folders(out_dir))
 
 
 def require_parent(out_dir: Path) -> None:
@@ -120,7 +133,7 @@ def require_parent(out_dir: Path) -> None:
     Raises:
         UserError: it holds the results of something else.
     """
-    patterns = (results.MANIFEST, "chosen_features.json", *results.RESULTS)
+    patterns = (manifest.MANIFEST, "chosen_features.json", *manifest.RESULTS)
     found = next((path for pattern in patterns for path in out_dir.glob(pattern) if path.name != SUMMARY), None)
     if found is not None:
         raise UserError(
@@ -154,12 +167,12 @@ def require_same_run(folders: Iterable[Path], settings: Mapping[str, Any]) -> No
         UserError: one was made with other settings; names them.
     """
     for folder in folders:
-        kept = results.open_folder(folder, EXPERIMENT)["settings"]
+        kept = manifest.open_folder(folder, EXPERIMENT)["settings"]
         saes = kept["saes"] if isinstance(kept.get("saes"), dict) else {}
         saes = {layer: sae for layer, sae in saes.items() if layer in settings["saes"]}
         there = _of_all_layers(kept) | {"saes": saes}
         here = _of_all_layers(settings) | {"saes": {layer: settings["saes"][layer] for layer in saes}}
-        differences = list(results.setting_differences(there, here))
+        differences = list(manifest.setting_differences(there, here))
         if differences:
             raise UserError(
                 f"{folder}: was traced with other settings than the other layers ({'; '.join(differences)}); choose "
@@ -208,7 +221,7 @@ def trace_layers(
         for folder in folders:
             locks.enter_context(results.shared(folder.out_dir))
         # those that hold a run first: where one refuses, no new one is begun
-        order = sorted(folders, key=lambda folder: not (folder.out_dir / results.MANIFEST).exists())
+        order = sorted(folders, key=lambda folder: not (folder.out_dir / manifest.MANIFEST).exists())
         fingerprints = {folder.source_layer: folder.claim() for folder in order}
         trace_in_order(
             [LayerWork(x, features[x.source_layer], fingerprints[x.source_layer]) for x in folders], batch_size
@@ -228,7 +241,7 @@ def summarise_layers(out_dir: Path) -> dict[str, Any]:
 
 
 def _summary_of(folders: Mapping[int, Path]) -> dict[str, Any]:
-    settings = {layer: results.open_folder(path, EXPERIMENT)["settings"] for layer, path in folders.items()}
+    settings = {layer: manifest.open_folder(path, EXPERIMENT)["settings"] for layer, path in folders.items()}
     of_first = next(iter(settings.values()))
     require_same_run(folders.values(), of_first)
     layers = []
@@ -245,8 +258,8 @@ def _summary_of(folders: Mapping[int, Path]) -> dict[str, Any]:
                 "top_3_hubs": summary["top_20_hubs"][:N_HUBS],
             }
         )
-    quantity = {"quantity": of_first["quantity"]} if "quantity" in of_first else {}
-    return {"schema_version": results.SCHEMA_VERSION, **quantity, "layers": layers}
+    of_all = {key: summary[key] for key in ("quantity", "inputs") if key in summary}
+    return {"schema_version": results.SCHEMA_VERSION, **of_all, "layers": layers}
 
 
 def layers_report_lines(summary: Mapping[str, Any]) -> Iterable[str]:

@@ -20,17 +20,11 @@ from cellcircuits.cells import Cell
 from cellcircuits.claims import Claim, claimed, is_claimed
 from cellcircuits.effects import Bench, CleanCell, ablation_effect
 from cellcircuits.errors import UserError
-from cellcircuits.jsonio import write_json
+from cellcircuits.finite import EFFECT, require_finite
+from cellcircuits.jsonio import discard, write_json
 from cellcircuits.precision import FP32
 from cellcircuits.stats import EdgeRule
-from cellcircuits.tracing import (
-    SAVE_EVERY_SECONDS,
-    BlockEffects,
-    block_shard,
-    require_finite,
-    trace_block,
-    within_memory,
-)
+from cellcircuits.tracing import BlockEffects, block_shard, trace_and_save, within_memory
 
 Definition = Callable[[Bench, Cell, int], dict[int, NDArray[np.float64]] | None]
 
@@ -160,7 +154,7 @@ class Tracer:
         if self.partial_path(block).exists() or is_claimed(path):
             with claimed(path) as claim:
                 if claim:  # else someone is at work on other features of this block
-                    self.partial_path(block).unlink(missing_ok=True)
+                    discard(self.partial_path(block))
 
     def trace_one(self, block: int, features: Sequence[int], claim: Claim, bar: tqdm) -> bool:
         """Trace some features of a block that this process holds the claim on; returns what `write_block` does."""
@@ -168,26 +162,14 @@ class Tracer:
         effects = BlockEffects.empty(features, len(self.clean), self.bench.n_targets)
         effects.restore(partial, self.fingerprint)
         bar.update(len(features) * effects.n_cells_done)
-        last_save = time.monotonic()
 
         def save() -> None:
             if claim.is_held():  # else the partial is that of who took over while this process was suspended
                 effects.save(partial, self.fingerprint)
 
-        def on_cell(n_pairs: int) -> None:
-            nonlocal last_save
-            bar.update(n_pairs)
-            if time.monotonic() - last_save > SAVE_EVERY_SECONDS:
-                save()
-                last_save = time.monotonic()
-
-        try:
-            trace_block(self.bench, self.clean, effects, batch_size=self.batch_size, on_cell=on_cell)
-        except KeyboardInterrupt:
-            save()
-            raise
+        trace_and_save(self.bench, self.clean, effects, save, batch_size=self.batch_size, on_cell=bar.update)
         is_written = self.write_block(block, block_shard(self.bench, effects, self.rule, self.fingerprint))
-        partial.unlink(missing_ok=True)
+        discard(partial)
         return is_written
 
     def write_block(self, block: int, shard: graph_store.Shard) -> bool:
@@ -236,7 +218,8 @@ class Tracer:
         if slow is None:
             return
         expected = np.concatenate([slow[layer] for layer in bench.targets])
-        require_finite(fast, cell.cell)
+        for effects in (fast, expected):  # NaN would pass for agreement
+            require_finite(effects, cell.cell, EFFECT)
         differs = np.abs(fast - expected) > SELF_CHECK_TOLERANCE * (1 + np.abs(expected).max())
         n_moved = np.count_nonzero((fast != 0) | (expected != 0))
         n_differ = np.count_nonzero(differs)

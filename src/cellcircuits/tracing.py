@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cellcircuits.cells import Cell
 from cellcircuits.device import is_out_of_memory
 from cellcircuits.effects import Bench, CleanCell
 from cellcircuits.errors import UserError
+from cellcircuits.finite import EFFECT, require_finite
 from cellcircuits.graph_store import EDGE_SCHEMA, Shard
 from cellcircuits.jsonio import write_atomically
 from cellcircuits.stats import EdgeRule, effect_statistics
@@ -53,7 +53,7 @@ class BlockEffects:
         done = self.n_cells_done
         arrays = {
             "features": np.array(self.features),
-            "effects": self.effects[:, :done],
+            "effects": self.effects[:, :done][self.measured[:, :done]],  # (n_pairs, n_targets): the others are 0
             "measured": self.measured[:, :done],
             "seconds": self.seconds,
             "fingerprint": np.array(fingerprint),
@@ -65,32 +65,21 @@ class BlockEffects:
         if not path.exists():
             return
         try:
-            with np.load(path, allow_pickle=False) as kept:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as kept:
                 same = kept["fingerprint"].item() == fingerprint and tuple(kept["features"]) == self.features
                 if not same:
                     log.warning("%s is of another run or of other features: it is not used.", path)
                     return
-                done = kept["measured"].shape[1]
-                self.effects[:, :done], self.measured[:, :done] = kept["effects"], kept["measured"]
+                measured = kept["measured"]  # (n_block, n_cells_done)
+                done = measured.shape[1]
+                self.measured[:, :done] = measured
+                self.effects[:, :done][measured] = kept["effects"]
                 self.seconds[:] = kept["seconds"]
                 self.n_cells_done = done
         except Exception as error:  # a damaged archive makes zipfile and NumPy raise almost anything
             log.warning("%s is damaged (%s): its block is traced from its first cell.", path, type(error).__name__)
             self.effects[:], self.measured[:], self.seconds[:] = 0.0, False, 0.0
             self.n_cells_done = 0
-
-
-def require_finite(effects: NDArray[np.float64], cell: Cell) -> None:
-    """Stop at effects that are no numbers: the edge rule would silently take them for "not an edge".
-
-    Raises:
-        UserError: an effect is NaN or infinite.
-    """
-    if not np.isfinite(effects).all():
-        raise UserError(
-            f"cell {cell.name}: the effects on its activations are not finite; check the model's and the SAEs' "
-            "weights, or compute on another --device."
-        )
 
 
 @contextmanager
@@ -154,10 +143,40 @@ def trace_block(
                 continue
             block.seconds[batch] += (time.perf_counter() - started) / len(batch)
             left = left[size:]
-        require_finite(block.effects[active, i], clean.cell)
+        require_finite(block.effects[active, i], clean.cell, EFFECT)
         block.measured[active, i] = True
         block.n_cells_done = i + 1
         on_cell(len(block.features))
+
+
+def trace_and_save(
+    bench: Bench,
+    cells: Sequence[CleanCell],
+    block: BlockEffects,
+    save: Callable[[], None],
+    *,
+    batch_size: int | None = None,
+    on_cell: Callable[[int], None] = lambda n_features: None,
+) -> None:
+    """`trace_block`, with `save` called every few minutes and when the run is told to stop.
+
+    Raises:
+        UserError: see `trace_block`.
+    """
+    last_save = time.monotonic()
+
+    def on_cell_then_save(n_features: int) -> None:
+        nonlocal last_save
+        on_cell(n_features)
+        if time.monotonic() - last_save > SAVE_EVERY_SECONDS:
+            save()
+            last_save = time.monotonic()
+
+    try:
+        trace_block(bench, cells, block, batch_size=batch_size, on_cell=on_cell_then_save)
+    except KeyboardInterrupt:
+        save()
+        raise
 
 
 def block_shard(bench: Bench, block: BlockEffects, rule: EdgeRule, fingerprint: str) -> Shard:

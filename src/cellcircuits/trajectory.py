@@ -20,11 +20,12 @@ from cellcircuits import cli
 from cellcircuits.cells import Cell
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import read_json, write_json
+from cellcircuits.pseudotime import SCANPY_SEED
 from cellcircuits.trajectory_flags import root_flags_given
 from cellcircuits.trajectory_root import compute_pseudotime, disconnected_cells
 
 if TYPE_CHECKING:
-    from cellcircuits.inputs import ModelAndCells
+    from cellcircuits.inputs import LayerSAE, ModelAndCells
 
 log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
@@ -58,6 +59,11 @@ class Trajectory:
     def measured(self) -> NDArray[np.bool_]:
         """Which cells have a pseudotime, (n_cells,)."""
         return ~np.isnan(self.pseudotime)
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        """Seeds of what computed the pseudotime; none where it was read from a file."""
+        return {"scanpy": SCANPY_SEED} if self.metadata_sha256 is None else {}
 
     @property
     def early(self) -> NDArray[np.int64]:
@@ -242,6 +248,22 @@ def _without_infinite(
             "other cells (--cell-types, --tissues, --n-cells), or leave out --traj-dir to compute it anew."
         )
     return np.where(infinite, math.nan, pseudotime)
+
+
+def provenance(opened: "ModelAndCells", trajectory: Trajectory, layers: Mapping[int, "LayerSAE"]) -> dict[str, Any]:
+    """Where the numbers of a run along a trajectory come from, for the record."""
+    of_inputs = opened.provenance()
+    return {
+        **of_inputs,
+        "seeds": of_inputs["seeds"] | trajectory.seeds,
+        "saes": {str(layer): str(opened_sae.files.checkpoint) for layer, opened_sae in layers.items()},
+        "pseudotime": {
+            "source": trajectory.source,
+            "root": trajectory.root,
+            "n_cells_without": int((~trajectory.measured).sum()),
+            "sha256": hashlib.sha256(trajectory.pseudotime.astype("<f8").tobytes()).hexdigest(),
+        },
+    }
 
 
 def write_metadata(

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from cellcircuits.errors import UserError
+from cellcircuits.files import read_bounded
 from cellcircuits.pickle_check import DICTIONARY, require_harmless, shown
 
 SUBFOLDERS = ("", "geneformer", "gene_dictionaries_30m", "geneformer/gene_dictionaries_30m")
@@ -209,15 +210,9 @@ def _read_dictionary(path: Path) -> dict[str, Any]:
 
 
 def _unpickle(path: Path) -> Any:
+    raw = read_bounded(path, MAX_FILE_BYTES, "a gene dictionary")
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise UserError(f"{path}: {size} bytes are too many for a gene dictionary.")
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
-    try:
-        require_harmless(raw, str(path), DICTIONARY, ("REDUCE", "BUILD"), max_reused=0)
+        require_harmless(raw, str(path), DICTIONARY)
         return _PlainUnpickler(io.BytesIO(raw), path).load()
     except UserError:
         raise
