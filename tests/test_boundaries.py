@@ -32,6 +32,7 @@ GROUPS = {
             "claims",
             "precision",
             "same_position_record",
+            "input_counts",
         ),
         HEAVY,
     ),
@@ -56,7 +57,7 @@ GROUPS = {
         ("torch", "transformers", "scanpy", "matplotlib"),
     ),
     "torch without transformers": (
-        ("sae_model", "interventions", "loading", "sae_store", "sae_training", "device", "stats", "catalog"),
+        ("sae_model", "interventions", "loading", "sae_store", "sae_training", "device", "stats", "catalog", "finite"),
         ("transformers", "anndata", "scanpy", "h5py", "matplotlib"),
     ),
 }

@@ -26,6 +26,7 @@ NEAR = 1e-3
 MAX_NEAR_SHARE = 0.01
 ONE, FIVE, SHUFFLED = "one at a time", "five at a time", "cells in another order"
 VARIED = {ONE: ["--batch-size", "1"], FIVE: ["--batch-size", "5"], SHUFFLED: []}
+FEWER = {name: ["--end-idx", "12"] for name in ("exhaustive", "two layers", "same position")}
 
 
 def shuffled(path: Path) -> None:
@@ -54,21 +55,27 @@ def shuffled_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(name: str, study: Path, out_dir: Path, *more: str) -> Path:
     """Run one of the commands in this process, on all 14 cells; returns `out_dir`."""
     script, flags = command(name, study, out_dir)
-    assert importlib.import_module(script).main([*flags, "--n-cells", "14", *more]) == 0
+    assert importlib.import_module(script).main([*flags, "--n-cells", "14", *FEWER.get(name, []), *more]) == 0
     return out_dir
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_two_runs_give_the_same_bytes(name: str, inputs: Path, tmp_path: Path) -> None:
-    first, second = (contents(start(name, inputs, tmp_path / folder)) for folder in ("first", "second"))
-    assert first == second and len(first) > 2
-
-
 @pytest.fixture(scope="module")
-def plain(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of each experiment that the others are compared with."""
-    names = ("exhaustive", "same position", "pairs", "steering", "trajectory")
-    return {name: start(name, inputs, tmp_path_factory.mktemp("plain") / "out") for name in names}
+def plain(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A run of an experiment that the others are compared with, made when first asked for."""
+    made: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        if name not in made:
+            made[name] = start(name, inputs, tmp_path_factory.mktemp("plain") / "out")
+        return made[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_two_runs_give_the_same_bytes(plain, name: str, inputs: Path, tmp_path: Path) -> None:
+    first, second = contents(plain(name)), contents(start(name, inputs, tmp_path / "second"))
+    assert first == second and len(first) > 2
 
 
 @pytest.fixture
@@ -86,13 +93,13 @@ class TestOtherBatchesThreadsAndOrders:
     @pytest.mark.parametrize("name", ["exhaustive", "same position"])
     @pytest.mark.parametrize("how", VARIED)
     def test_the_same_edges(self, plain, varied, name: str, how: str) -> None:
-        require_same_edges(plain[name], varied(name, how))
+        require_same_edges(plain(name), varied(name, how))
 
     @pytest.mark.parametrize("how", VARIED)
     def test_the_same_joint_effects(self, plain, varied, how: str) -> None:
         again = varied("pairs", how)
         n_compared = 0
-        for path in sorted((plain["pairs"] / "effects").iterdir()):
+        for path in sorted((plain("pairs") / "effects").iterdir()):
             with np.load(path) as first, np.load(again / "effects" / path.name) as second:
                 for condition in ("A", "B", "AB"):
                     one, other = (by_cell(kept, condition) for kept in (first, second))
@@ -105,10 +112,10 @@ class TestOtherBatchesThreadsAndOrders:
     @pytest.mark.parametrize("how", VARIED)
     def test_the_same_state_shifts(self, plain, varied, how: str) -> None:
         again = varied("steering", how)
-        paths = sorted(plain["steering"].glob("steering_*.json"))
+        paths = sorted(plain("steering").glob("steering_*.json"))
         assert len(paths) == 3
         for path in paths:
-            one, other = (json.loads((folder / path.name).read_text()) for folder in (plain["steering"], again))
+            one, other = (json.loads((folder / path.name).read_text()) for folder in (plain("steering"), again))
             assert sorted(one["steered_cells"]) == sorted(other["steered_cells"])
             for alpha, result in one["alpha_results"].items():
                 of_cell = dict(zip(other["steered_cells"], other["alpha_results"][alpha]["state_shifts"], strict=True))
@@ -118,7 +125,7 @@ class TestOtherBatchesThreadsAndOrders:
     def test_the_same_switch_features(self, plain, varied) -> None:
         again = varied("trajectory", SHUFFLED)
         one, other = (
-            json.loads((folder / "switch_features.json").read_text()) for folder in (plain["trajectory"], again)
+            json.loads((folder / "switch_features.json").read_text()) for folder in (plain("trajectory"), again)
         )
         assert len(one) == len(other) > 0
         for known, found in zip(one, other, strict=True):
@@ -149,7 +156,7 @@ def require_same_edges(one_dir: Path, other_dir: Path) -> None:
     alone = [(one.get(key) or other.get(key)) for key in one.keys() ^ other.keys()]
     assert all(map(is_near, alone)), [edge for edge in alone if not is_near(edge)][:3]
     assert len(alone) <= MAX_NEAR_SHARE * len(one), f"{len(alone)} of {len(one)} edges"
-    assert len(one) > 100
+    assert len(one) > 50
     for key in one.keys() & other.keys():
         known, found = one[key], other[key]
         assert found["n_cells"] == known["n_cells"]

@@ -237,7 +237,7 @@ class TestProcess:
         assert not absent & set(found.stdout.split())
 
     @pytest.mark.parametrize(
-        ("number", "what"), [(signal.SIGSEGV, "SIGSEGV"), (signal.SIGXCPU, "8 seconds of computing")]
+        ("number", "what"), [(signal.SIGSEGV, "SIGSEGV"), (signal.SIGXCPU, "4 seconds of computing")]
     )
     def test_a_crash_is_one_error(self, path: Path, number: int, what: str) -> None:
         with pytest.raises(UserError, match=what) as caught, H5adFile(path) as file:

@@ -24,7 +24,7 @@ from cellcircuits.h5ad_frames import receive, send, texts_of
 BLOCK_BYTES = 64 * 2**20  # memory of one block of rows
 FREE_ROOM = 1 << 30  # bytes of memory for reading any file, however small
 ROOM_PER_BYTE = 64  # and more for each of its bytes: text in Python takes ten times its place on disk
-FREE_SECONDS = 8  # of computing, likewise
+FREE_SECONDS = 4  # of computing, likewise; a damaged tree of names can send the library round in circles
 BYTES_PER_SECOND = 1 << 20
 _SOURCES = str(Path(__file__).resolve().parents[1])
 # -P and the path: a module that lies in the working directory is never imported
