@@ -23,21 +23,25 @@ from typing import TYPE_CHECKING
 from cellcircuits import cli, cli_check, results
 from cellcircuits.catalog import MIN_ACTIVATION_FREQ, FeatureInfo
 from cellcircuits.cells import CellSelection
+from cellcircuits.edge_fdr import calibration_lines
 from cellcircuits.errors import UserError
 from cellcircuits.files import read_bounded
 from cellcircuits.input_counts import left_out_lines
+from cellcircuits.jsonio import read_json
 from cellcircuits.same_position_record import check_line
 from cellcircuits.stats import EdgeRule
 from cellcircuits.trace_flags import (
+    add_calibration_flags,
     add_edge_flags,
     add_precision_flag,
     add_sae_run_flag,
     add_same_position_flags,
+    calibration_settings,
     catalog_command,
     n_checked,
     source_layers,
 )
-from cellcircuits.trace_folder import TraceFolder, make_tables
+from cellcircuits.trace_folder import CALIBRATION, TraceFolder, make_tables
 from cellcircuits.trace_layers import (
     holds_layers,
     layer_folder,
@@ -101,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="only these features of each source layer, e.g. 898,1762, or a file with one index per line",
     )
     add_edge_flags(group)
+    add_calibration_flags(group)
     add_precision_flag(group)
     add_same_position_flags(group)
     cli.add_out_dir_flag(group, "where results go")
@@ -142,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
         saes = {layer: layers[layer] for layer in (source, *targets[source])}
         return TraceFolder(
             out_dir, source, saes, opened, rule, args.tokenization, args.precision, args.same_position, n_both_ways,
-            args.mix_versions,
+            args.mix_versions, calibration_settings(args),
         )  # fmt: skip
 
     if several_layers(args):
@@ -255,6 +260,7 @@ def report(out_dir: Path) -> int:
     else:
         summary, features, per_layer = make_tables(out_dir)
         lines = [*results.report_lines(summary, features, per_layer)]
+        lines += calibration_lines(read_json(out_dir / CALIBRATION))
         checks = {"": check_line(out_dir)}
     lines += (f"  {name}{line}" for name, line in checks.items() if line)
     print("\n".join([*lines, *left_out_lines(summary)]))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 from cellcircuits.cells import Cell
 from cellcircuits.graph_store import read_shard, shard_path
@@ -26,6 +27,7 @@ FINGERPRINT = "of this run"
 class TableBench:
     """What tracing asks of a `Bench`; it remembers what it was asked, and `before` may fail or act for others."""
 
+    device = torch.device("cpu")
     source_layer, targets, n_targets = 5, tuple(WIDTHS), N_TARGETS
     columns = {6: slice(0, 3), 8: slice(3, 8)}  # noqa: RUF012
     tail = SimpleNamespace(precision="fp32")

@@ -187,13 +187,14 @@ def trace(tmp_path: Path) -> Path:
             "is_traced": layer == 1,
             "n_cells_active": i % 20 if layer == 1 else None,
             "n_edges": int(degrees[i]) if layer == 1 else None,
+            "degree_calibrated": int(degrees[i]) // 2 if layer == 1 and i % 20 >= 8 else None,
             "top_genes": ["GENE"],
         }
         for layer in (1, 2)
         for i in range(90)
     ]
     pq.write_table(pa.Table.from_pylist(rows, schema=FEATURE_SCHEMA), folder / "features.parquet")
-    edge = dict.fromkeys(EDGE_SCHEMA.names, 0) | {"source_layer": 1, "target_layer": 2}
+    edge = dict.fromkeys(EDGE_SCHEMA.names, 0) | {"is_calibrated": False} | {"source_layer": 1, "target_layer": 2}
     edges = [edge | {"source": i, "target": target} for i in range(90) for target in range(degrees[i])]
     pq.write_table(pa.Table.from_pylist(edges, schema=EDGE_SCHEMA), folder / "edges.parquet")
     return folder
@@ -229,10 +230,9 @@ def test_tables_that_disagree_are_refused(trace: Path, capsys: pytest.CaptureFix
     assert "features.parquet and edges.parquet disagree" in capsys.readouterr().err
 
 
-def test_calibrated_degrees_are_asked_of_a_folder_that_has_none(
-    trace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if "degree_calibrated" in FEATURE_SCHEMA.names:
-        pytest.skip("every folder has them")
-    assert analyse_graph.main(["--trace-dir", str(trace), "--degree", "calibrated"]) == 2
-    assert "has no column degree_calibrated" in capsys.readouterr().err
+def test_calibrated_degrees_of_features_that_have_them(trace: Path) -> None:
+    assert analyse_graph.main(["--trace-dir", str(trace), "--degree", "calibrated", *QUICK]) == 0
+    rows = pq.read_table(trace / "features.parquet").to_pylist()
+    expected = [row["degree_calibrated"] for row in rows if row["degree_calibrated"] is not None]
+    content = statistics_of(trace)
+    assert (content["features"]["n"], content["degree"]["total_edges"]) == (len(expected), sum(expected))

@@ -152,12 +152,12 @@ def test_tables_and_summary_are_made_by_one_process_at_a_time(finished: Path, tm
     out_dir = shutil.copytree(finished, tmp_path / "out")
     real, held = graph_store.write_edges, []
 
-    def write_edges(folder: Path, fingerprint: str):
+    def write_edges(folder: Path, *how):
         for at in (folder, out_dir):
             with (at / ".moment.lock").open("a+") as lock, pytest.raises(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held.append(at)
-        return real(folder, fingerprint)
+        return real(folder, *how)
 
     monkeypatch.setattr(graph_store, "write_edges", write_edges)
     assert script.main(["--analysis-only", "--out-dir", str(out_dir)]) == 0

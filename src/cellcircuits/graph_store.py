@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cellcircuits.catalog import UNANNOTATED, FeatureInfo, display_name
+from cellcircuits.edge_fdr import MAX_Q, Family, PCounts, unpacked
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import write_atomically
 from cellcircuits.results import feature_record
@@ -35,8 +36,18 @@ EDGE_SCHEMA = pa.schema(
         "cohens_d": pa.float64(),
         "consistency": pa.float64(),
         "n_cells": pa.int32(),
+        "n_nonzero": pa.int32(),
+        "consistency_nonzero": pa.float64(),
+        "hedges_g": pa.float64(),
+        "g_low": pa.float64(),
+        "g_high": pa.float64(),
+        "p_sign_flip": pa.float64(),
+        "q_bh": pa.float64(),
+        "q_by": pa.float64(),
+        "is_calibrated": pa.bool_(),
     }
 )
+FAMILY_COLUMNS = ("q_bh", "q_by", "is_calibrated")  # known once every shard is: empty in shards
 FEATURE_SCHEMA = pa.schema(
     {
         "layer": pa.int16(),
@@ -46,6 +57,10 @@ FEATURE_SCHEMA = pa.schema(
         "is_traced": pa.bool_(),
         "n_cells_active": pa.int32(),
         "n_edges": pa.int32(),
+        "n_live_targets": pa.int32(),
+        "null_edges": pa.float64(),
+        "n_edges_bh": pa.int32(),
+        "degree_calibrated": pa.int32(),
         "top_genes": pa.list_(pa.string()),
     }
 )
@@ -131,12 +146,30 @@ def all_shards(out_dir: Path, fingerprint: str) -> Iterator[Shard]:
             yield shard
 
 
-def write_edges(out_dir: Path, fingerprint: str) -> tuple[list[dict[str, Any]], dict[int, int]]:
+def count_p(out_dir: Path, fingerprint: str) -> PCounts:
+    """How often which p occurs among all live targets of all features of the folder."""
+    counts = PCounts()
+    for shard in all_shards(out_dir, fingerprint):
+        for facts in shard.facts.values():
+            numerators, denominator = unpacked(facts["calibration"]["p"])
+            counts.add(denominator, numerators)
+    return counts
+
+
+def write_edges(
+    out_dir: Path, fingerprint: str, family: Family | None = None
+) -> tuple[list[dict[str, Any]], dict[int, int]]:
     """Make `edges.parquet` from the shards.
 
+    Args:
+        out_dir: the folder.
+        fingerprint: of its settings.
+        family: fills in q values and which edges are calibrated; None leaves them empty.
+
     Returns:
-        The facts of every traced feature with `n_edges` added, in ascending feature order, and the number
-        of edges per target layer.
+        The facts of every traced feature with `n_edges` added, and with a family `n_edges_bh` and `degree_calibrated`
+        (None where it is active in too few cells), in ascending feature order; and the number of edges per target
+        layer.
     """
     features: list[dict[str, Any]] = []
     per_layer: dict[int, int] = {}
@@ -144,14 +177,45 @@ def write_edges(out_dir: Path, fingerprint: str) -> tuple[list[dict[str, Any]], 
     def write(stream: Any) -> None:
         with pq.ParquetWriter(stream, EDGE_SCHEMA) as writer:
             for shard in all_shards(out_dir, fingerprint):
-                writer.write_table(shard.edges)
-                degrees = _counts(shard.edges["source"])
-                features.extend({**facts, "n_edges": degrees.get(i, 0)} for i, facts in shard.facts.items())
-                for layer, count in _counts(shard.edges["target_layer"]).items():
+                edges = _with_family(shard.edges, family) if family else shard.edges
+                writer.write_table(edges)
+                features.extend(_with_degrees(shard.facts, edges, family))
+                for layer, count in _counts(edges["target_layer"]).items():
                     per_layer[layer] = per_layer.get(layer, 0) + count
 
     write_atomically(out_dir / "edges.parquet", write)
     return features, per_layer
+
+
+def _with_degrees(
+    of_shard: Mapping[int, Mapping[str, Any]], edges: pa.Table, family: Family | None
+) -> Iterator[dict[str, Any]]:
+    degrees = _counts(edges["source"])
+    if family is None:
+        yield from ({**facts, "n_edges": degrees.get(i, 0)} for i, facts in of_shard.items())
+        return
+    passed, calibrated = (
+        _counts(edges.filter(condition)["source"])
+        for condition in (pc.field("q_bh") < MAX_Q, pc.field("is_calibrated"))
+    )
+    for i, facts in of_shard.items():
+        is_enough = facts["n_cells_active"] >= family.min_cells
+        yield {
+            **facts,
+            "n_edges": degrees.get(i, 0),
+            "n_edges_bh": passed.get(i, 0),
+            "degree_calibrated": calibrated.get(i, 0) if is_enough else None,
+        }
+
+
+def _with_family(edges: pa.Table, family: Family) -> pa.Table:
+    """The edges of a shard with what only the whole graph says about them."""
+    names = ("p_sign_flip", "hedges_g", "consistency_nonzero", "n_cells")
+    columns = family.columns(*(edges[name].to_numpy() for name in names))
+    for name, values in zip(FAMILY_COLUMNS, columns, strict=True):
+        field = EDGE_SCHEMA.field(name)
+        edges = edges.set_column(EDGE_SCHEMA.get_field_index(name), field, pa.array(values, type=field.type))
+    return edges
 
 
 def write_features(out_dir: Path, catalogs: Mapping[int, Sequence[FeatureInfo]]) -> None:
@@ -165,6 +229,10 @@ def write_features(out_dir: Path, catalogs: Mapping[int, Sequence[FeatureInfo]])
             "is_traced": False,
             "n_cells_active": None,
             "n_edges": None,
+            "n_live_targets": None,
+            "null_edges": None,
+            "n_edges_bh": None,
+            "degree_calibrated": None,
             "top_genes": list(info.top_genes),
         }
         for layer, catalog in sorted(catalogs.items())
@@ -174,7 +242,7 @@ def write_features(out_dir: Path, catalogs: Mapping[int, Sequence[FeatureInfo]])
 
 
 def fill_degrees(out_dir: Path, source_layer: int, features: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Enter active cells and out-degree of every traced feature into `features.parquet`.
+    """Enter active cells and out-degrees of every traced feature into `features.parquet`.
 
     Returns:
         The features with `label` and `name` (what to call one without a label) added.
@@ -185,13 +253,21 @@ def fill_degrees(out_dir: Path, source_layer: int, features: Sequence[Mapping[st
     for row in rows:
         facts = traced.get((row["layer"], row["feature"]))
         row["is_traced"] = facts is not None
-        row["n_cells_active"] = facts["n_cells_active"] if facts else None
-        row["n_edges"] = facts["n_edges"] if facts else None
+        row |= _degrees(facts or {})
         name = display_name(row["label"], row["top_genes"])
         names[row["layer"], row["feature"]] = {"label": row["label"], "name": name}
     _write_table(out_dir / "features.parquet", pa.Table.from_pylist(rows, schema=FEATURE_SCHEMA))
     unnamed = {"label": UNANNOTATED, "name": UNANNOTATED}
     return [{**facts, **names.get(key, unnamed)} for key, facts in traced.items()]
+
+
+def _degrees(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What `features.parquet` says of a traced feature."""
+    calibration = facts.get("calibration", {})
+    return {
+        **{name: facts.get(name) for name in ("n_cells_active", "n_edges", "n_edges_bh", "degree_calibrated")},
+        **{name: calibration.get(name) for name in ("n_live_targets", "null_edges")},
+    }
 
 
 def read_edges(out_dir: Path) -> pa.Table:

@@ -4,6 +4,7 @@ import argparse
 import shlex
 
 from cellcircuits import cli
+from cellcircuits.edge_fdr import CalibrationSettings
 from cellcircuits.errors import UserError
 from cellcircuits.precision import FP32, PRECISIONS
 from cellcircuits.stats import EdgeRule
@@ -62,6 +63,34 @@ def add_precision_flag(group: argparse._ActionsContainer) -> None:
         help="how the blocks after the source layer are computed: fp32 is the reference; the others are faster on GPUs "
         "with tensor cores and cost edges, see README (default: %(default)s)",
     )
+
+
+def add_calibration_flags(group: argparse._ActionsContainer) -> None:
+    """Add the flags that say how edges are tested."""
+    defaults = CalibrationSettings()
+    group.add_argument(
+        "--sign-flips",
+        type=cli.natural,
+        default=defaults.n_draws,
+        metavar="N",
+        help="random sign vectors that test the edges of a feature; with up to 12 active cells all vectors are taken "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--calibration-seed", type=sample_size, default=defaults.seed, help="seed of these (default: %(default)s)"
+    )
+    group.add_argument(
+        "--min-active-cells",
+        type=cli.natural,
+        default=defaults.min_cells,
+        metavar="N",
+        help="cells in which a feature must be active for its calibrated degree to count (default: %(default)s)",
+    )
+
+
+def calibration_settings(args: argparse.Namespace) -> CalibrationSettings:
+    """How to test edges, from the flags of `add_calibration_flags`."""
+    return CalibrationSettings(seed=args.calibration_seed, n_draws=args.sign_flips, min_cells=args.min_active_cells)
 
 
 def add_same_position_flags(group: argparse._ActionsContainer) -> None:

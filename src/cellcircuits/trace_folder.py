@@ -4,11 +4,12 @@ Exhaustive and selective tracing differ only in which features they ask for; the
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cellcircuits import graph_store, manifest, results
+from cellcircuits.edge_fdr import CalibrationSettings, Family, graph_calibration
 from cellcircuits.input_counts import inputs_entry
 from cellcircuits.jsonio import write_json
 from cellcircuits.precision import FP32
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from cellcircuits.inputs import LayerSAE, ModelAndCells
 
 EXPERIMENT = "exhaustive_feature_tracing"
+CALIBRATION = "calibration.json"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class TraceFolder:
         same_position: whether the numbers are same-position effects instead of total effects.
         n_checked: same-position effects of how many features to compare with their total effects, once all are there.
         mix_versions: whether to go on in a folder that other software has worked in.
+        calibration: how edges are tested.
     """
 
     out_dir: Path
@@ -48,6 +51,7 @@ class TraceFolder:
     same_position: bool = False
     n_checked: int = 0
     mix_versions: bool = False
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
 
     @property
     def targets(self) -> tuple[int, ...]:
@@ -68,6 +72,7 @@ class TraceFolder:
             "tokenization": self.tokenization,
             "min_abs_d": self.rule.min_abs_d,
             "min_consistency": self.rule.min_consistency,
+            "calibration": self.calibration.record(),
             "block_size": graph_store.BLOCK_SIZE,
             "precision": dtype if self.precision == FP32 else self.precision,
         }
@@ -118,7 +123,8 @@ class TraceFolder:
 
         definition = same_position_effect if self.same_position else ablation_effect
         catalog = self.layers[self.source_layer].catalog or {}
-        tracer = Tracer(self.out_dir, bench, clean, catalog, self.rule, fingerprint, batch_size, definition)
+        how = (self.rule, fingerprint, batch_size, definition, self.calibration)
+        tracer = Tracer(self.out_dir, bench, clean, catalog, *how)
         make_tables(self.out_dir)  # so that what earlier runs left can be looked up meanwhile
         return tracer.trace(features)
 
@@ -136,8 +142,14 @@ def make_tables(out_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]], di
     settings = content["settings"]
     # of two processes that end at the same time, the one that writes last has then seen all shards
     with results.one_at_a_time(out_dir):
-        unnamed, per_layer = graph_store.write_edges(out_dir, manifest.settings_fingerprint(settings))
+        rule = EdgeRule(settings["min_abs_d"], settings["min_consistency"])
+        calibration = CalibrationSettings(**settings["calibration"])
+        fingerprint = manifest.settings_fingerprint(settings)
+        q_values = graph_store.count_p(out_dir, fingerprint).q_values()
+        family = Family(q_values, rule, calibration.min_cells)
+        unnamed, per_layer = graph_store.write_edges(out_dir, fingerprint, family)
         features = graph_store.fill_degrees(out_dir, settings["source_layer"], unnamed)
+        write_json(out_dir / CALIBRATION, graph_calibration(features, q_values, calibration))
         summary = results.summarise(settings["source_layer"], features)
         if "quantity" in settings:
             summary["quantity"] = settings["quantity"]

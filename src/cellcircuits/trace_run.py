@@ -7,7 +7,7 @@ it gets the claim on (claims.py).
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from cellcircuits import graph_store, results
 from cellcircuits.catalog import FeatureInfo
 from cellcircuits.cells import Cell
 from cellcircuits.claims import Claim, claimed, is_claimed
+from cellcircuits.edge_fdr import CalibrationSettings
 from cellcircuits.effects import Bench, CleanCell, ablation_effect
 from cellcircuits.errors import UserError
 from cellcircuits.finite import EFFECT, require_finite
@@ -67,7 +68,8 @@ class Tracer:
     """Traces features into one output folder, which several processes may do at once.
 
     `clean` are the clean runs of the cells, `catalog` the source layer's, `fingerprint` that of the run's settings,
-    `batch_size` features per batch or None for what memory allows, `definition` what the bench measures, written out.
+    `batch_size` features per batch or None for what memory allows, `definition` what the bench measures, written out,
+    `calibration` how its edges are tested.
     """
 
     out_dir: Path
@@ -78,6 +80,7 @@ class Tracer:
     fingerprint: str
     batch_size: int | None = None
     definition: Definition = ablation_effect
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
 
     def trace(self, features: Sequence[int]) -> bool:
         """Trace every feature whose result is not on disk yet and that no other process is at work on.
@@ -168,9 +171,13 @@ class Tracer:
                 effects.save(partial, self.fingerprint)
 
         trace_and_save(self.bench, self.clean, effects, save, batch_size=self.batch_size, on_cell=bar.update)
-        is_written = self.write_block(block, block_shard(self.bench, effects, self.rule, self.fingerprint))
+        is_written = self.write_block(block, self.shard(effects))
         discard(partial)
         return is_written
+
+    def shard(self, effects: BlockEffects) -> graph_store.Shard:
+        """Edges, facts and tests of a finished block."""
+        return block_shard(self.bench, effects, self.rule, self.fingerprint, self.calibration)
 
     def write_block(self, block: int, shard: graph_store.Shard) -> bool:
         """Add newly traced features to the shard of their block, and write their JSON files.

@@ -16,11 +16,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from cellcircuits.calibration import Calibrator, FeatureCalibration, hedges_g
 from cellcircuits.device import is_out_of_memory
+from cellcircuits.edge_fdr import CalibrationSettings
 from cellcircuits.effects import Bench, CleanCell
 from cellcircuits.errors import UserError
 from cellcircuits.finite import EFFECT, require_finite
-from cellcircuits.graph_store import EDGE_SCHEMA, Shard
+from cellcircuits.graph_store import EDGE_SCHEMA, FAMILY_COLUMNS, Shard
 from cellcircuits.jsonio import write_atomically
 from cellcircuits.stats import EdgeRule, effect_statistics
 
@@ -179,40 +181,64 @@ def trace_and_save(
         raise
 
 
-def block_shard(bench: Bench, block: BlockEffects, rule: EdgeRule, fingerprint: str) -> Shard:
-    """Turn the effects of a finished block into edges and facts."""
+def block_shard(
+    bench: Bench,
+    block: BlockEffects,
+    rule: EdgeRule,
+    fingerprint: str,
+    calibration: CalibrationSettings = CalibrationSettings(),  # noqa: B008 (frozen)
+) -> Shard:
+    """Turn the effects of a finished block into edges and facts, with their tests."""
     facts: dict[int, dict[str, Any]] = {}
     tables = [EDGE_SCHEMA.empty_table()]
+    calibrator = Calibrator(rule, calibration, block.measured.shape[1], bench.source_layer, bench.device)
     for j, feature in enumerate(block.features):
         effects = block.effects[j][block.measured[j]]  # (n_measured, n_targets)
-        tables.append(_edge_table(bench, feature, effects, rule))
+        tested = calibrator.calibrate(feature, effects, block.measured[j])
+        tables.append(_edge_table(bench, feature, effects, rule, tested))
         facts[feature] = {
             "source_layer": bench.source_layer,
             "feature_idx": feature,
             "n_cells_active": len(effects),
             "n_cells_measured": block.measured.shape[1],
             "elapsed_seconds": float(block.seconds[j]),
+            "calibration": tested.counts,
             "fingerprint": fingerprint,
         }
     return Shard(facts, pa.concat_tables(tables))
 
 
-def _edge_table(bench: Bench, feature: int, effects: NDArray[np.float64], rule: EdgeRule) -> pa.Table:
-    """All edges of one source feature, by ascending target layer and target."""
+def _edge_table(
+    bench: Bench, feature: int, effects: NDArray[np.float64], rule: EdgeRule, tested: FeatureCalibration
+) -> pa.Table:
+    """All edges of one source feature, by ascending target layer and target; what needs the whole graph is null."""
     measured = effect_statistics(effects, rule)
     columns = np.flatnonzero(measured.is_edge)
     starts = np.array([bench.columns[layer].start for layer in bench.targets])
     which = np.searchsorted(starts, columns, side="right") - 1
     n_edges = len(columns)
-    values = [
-        np.full(n_edges, bench.source_layer),
-        np.full(n_edges, feature),
-        np.array(bench.targets)[which],
-        columns - starts[which],
-        measured.mean[columns],
-        measured.d[columns],
-        measured.consistency[columns],
-        np.full(n_edges, measured.n_cells),
+    live = np.searchsorted(tested.columns, columns)  # an edge is live: |d| is above 0
+    g, g_low, g_high = hedges_g(effects[:, columns])
+    values = {
+        "source_layer": np.full(n_edges, bench.source_layer),
+        "source": np.full(n_edges, feature),
+        "target_layer": np.array(bench.targets)[which],
+        "target": columns - starts[which],
+        "mean_delta": measured.mean[columns],
+        "cohens_d": measured.d[columns],
+        "consistency": measured.consistency[columns],
+        "n_cells": np.full(n_edges, measured.n_cells),
+        "n_nonzero": tested.n_nonzero[live],
+        "consistency_nonzero": tested.consistency[live],
+        "hedges_g": g,
+        "g_low": g_low,
+        "g_high": g_high,
+        "p_sign_flip": tested.p[live],
+    }
+    arrays = [
+        pa.nulls(n_edges, field.type)
+        if field.name in FAMILY_COLUMNS
+        else pa.array(values[field.name], type=field.type, from_pandas=True)  # NaN becomes null
+        for field in EDGE_SCHEMA
     ]
-    arrays = [pa.array(value, type=field.type) for value, field in zip(values, EDGE_SCHEMA, strict=True)]
     return pa.Table.from_arrays(arrays, schema=EDGE_SCHEMA)
