@@ -43,7 +43,7 @@ SHARE = {SHARED: 0.1, FRESH: 0.05}
 STARTING = 0.25  # share of a run by a fresh interpreter, in the beginning of which no signal is caught yet
 EARLIER = (  # whole, but not yet as in the end: counts, and tables of what is finished so far
     "progress.json", "results.json", "features.parquet", "edges.parquet", "exhaustive_summary.json",
-    "layers_summary.json", "selective_summary.json",
+    "layers_summary.json", "selective_summary.json", "calibration.json",
 )  # fmt: skip
 Start = Callable[[Path, Path], Run]
 

@@ -34,11 +34,11 @@ GROUPS = {  # modules of the library, tests
     "files": (
         ("jsonio", "graph_store", "claims", "manifest", "results"),
         ("jsonio", "results", "manifest", "folders_in_words", "graph_store", "edge_records", "claims",
-         "claims_in_trouble", "shared_folder", "untrusted.py::TestJson"),
+         "claims_in_trouble", "shared_folder", "calibration", "untrusted.py::TestJson"),
     ),
     "resume": (
         ("tracing", "trace_run"),
-        ("trace_block", "tracer"),
+        ("trace_block", "tracer", "calibration"),
     ),
 }  # fmt: skip
 SETTINGS = """

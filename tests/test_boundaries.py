@@ -19,6 +19,7 @@ GROUPS = {
     "standard library only": (
         (
             "errors",
+            "files",
             "jsonio",
             "results",
             "manifest",

@@ -48,7 +48,8 @@ class StopSignals:
     def repeat(self, lost: Any) -> None:
         """Send a signal again that came inside a finalizer, where Python drops what is raised (an unraisablehook)."""
         if not isinstance(lost.exc_value, Stopped):
-            sys.__unraisablehook__(lost)
+            if self.number is None:  # else what a stop has cut short, such as an archive, complains of it
+                sys.__unraisablehook__(lost)
             return
         self._answered = float("-inf")
         # not at once: it would be raised, and dropped, in here
