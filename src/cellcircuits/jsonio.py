@@ -6,6 +6,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -156,6 +157,7 @@ def _written(path: Path, write: Callable[[IO[bytes]], Any]) -> Iterator[Path]:
             try:
                 write(cast(IO[bytes], recorded))
             finally:
+                recorded.release()
                 if recorded.error is not None:
                     raise recorded.error
             stream.flush()
