@@ -6,7 +6,6 @@ import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -156,10 +155,10 @@ def _written(path: Path, write: Callable[[IO[bytes]], Any]) -> Iterator[Path]:
             recorded = _Recorded(stream)
             try:
                 write(cast(IO[bytes], recorded))
-            finally:
-                recorded.release()
-                if recorded.error is not None:
-                    raise recorded.error
+            except BaseException as error:
+                recorded.error = recorded.error or error
+            if recorded.error is not None:
+                raise recorded.error
             stream.flush()
             os.fsync(stream.fileno())
         yield temporary
