@@ -135,7 +135,7 @@ def is_kept(path: Path, damage) -> bool:
 
 
 MADE_FROM_OTHERS = (
-    "progress.json", "summary.json", "exhaustive_summary.json", "trajectory_summary.json", "edges.parquet",
+    "progress.json", "summary.json", "exhaustive_summary.json", "calibration.json", "trajectory_summary.json", "edges.parquet",
     "features.parquet",
 )  # fmt: skip
 STRANGERS = [
