@@ -135,8 +135,8 @@ def is_kept(path: Path, damage) -> bool:
 
 
 MADE_FROM_OTHERS = (
-    "progress.json", "summary.json", "exhaustive_summary.json", "calibration.json", "trajectory_summary.json", "edges.parquet",
-    "features.parquet",
+    "progress.json", "summary.json", "exhaustive_summary.json", "calibration.json", "trajectory_summary.json",
+    "edges.parquet", "features.parquet",
 )  # fmt: skip
 STRANGERS = [
     ("tracing", "feature_9999.json", b'{"feature_idx": 9999, "total_significant_edges": 7}'),
