@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -393,3 +394,23 @@ def test_an_engine_that_disagrees_with_a_full_pass_is_refused(
 
 def test_partial_work_is_saved_well_within_ten_minutes():
     assert tracing.SAVE_EVERY_SECONDS <= 300
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda settings: settings.pop("calibration"),
+        lambda settings: settings.pop("min_abs_d"),
+        lambda settings: settings.update(calibration=[]),
+        lambda settings: settings.update(calibration={"sead": 0}),
+    ],
+    ids=["an earlier version's", "no threshold", "no mapping", "an unknown key"],
+)
+def test_a_folder_whose_manifest_says_too_little_is_refused(finished: Path, tmp_path: Path, capsys, change):
+    out_dir = shutil.copytree(finished, tmp_path / "out")
+    content = json.loads((out_dir / "manifest.json").read_text())
+    change(content["settings"])
+    (out_dir / "manifest.json").write_text(json.dumps(content))
+    said = refusal(capsys, script.main(["--analysis-only", "--out-dir", str(out_dir)]))
+    assert "manifest.json: does not say how edges are called and tested" in said
+    assert (out_dir / "edges.parquet").read_bytes() == (finished / "edges.parquet").read_bytes()

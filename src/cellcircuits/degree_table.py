@@ -99,18 +99,15 @@ def read_trace(folder: Path, kind: str = RAW, min_active_cells: int = 0) -> Degr
         min_active_cells: features that fire in fewer cells are counted and left out.
 
     Raises:
-        UserError: the folder holds no trace of one layer, no such degrees, or tables that disagree.
+        UserError: the folder holds no trace of one layer, no feature with such a degree, or tables that disagree.
     """
     if holds_layers(folder):
         raise UserError(f"{folder}: holds a trace of several layers; name the folder of one of them (--trace-dir).")
     settings = manifest.open_folder(folder, "exhaustive_feature_tracing")["settings"]
     traced = read_features(folder).filter(pc.field("is_traced")).sort_by("feature")
-    column = DEGREE_COLUMNS[kind]
-    if column not in traced.column_names:
-        raise UserError(f"{folder / 'features.parquet'}: has no column {column}; trace again, or use --degree raw.")
     _require_agreement(folder, traced)
     is_kept = _floats(traced, "n_cells_active") >= min_active_cells
-    degree = _floats(traced, column)
+    degree = _floats(traced, DEGREE_COLUMNS[kind])
     has_degree = ~np.isnan(degree)
     notes = {
         "n_traced": traced.num_rows,

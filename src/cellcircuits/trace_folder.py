@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cellcircuits import graph_store, manifest, results
 from cellcircuits.edge_fdr import CalibrationSettings, Family, graph_calibration
+from cellcircuits.errors import UserError
 from cellcircuits.input_counts import inputs_entry
 from cellcircuits.jsonio import write_json
 from cellcircuits.precision import FP32
@@ -136,14 +137,13 @@ def make_tables(out_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]], di
         The summary, the facts of every traced feature, the number of edges per target layer.
 
     Raises:
-        UserError: the folder holds no trace.
+        UserError: the folder holds no trace, or one whose edges were not tested.
     """
     content = manifest.open_folder(out_dir, EXPERIMENT)
     settings = content["settings"]
     # of two processes that end at the same time, the one that writes last has then seen all shards
     with results.one_at_a_time(out_dir):
-        rule = EdgeRule(settings["min_abs_d"], settings["min_consistency"])
-        calibration = CalibrationSettings(**settings["calibration"])
+        rule, calibration = _rules(out_dir, settings)
         fingerprint = manifest.settings_fingerprint(settings)
         q_values = graph_store.count_p(out_dir, fingerprint).q_values()
         family = Family(q_values, rule, calibration.min_cells)
@@ -156,3 +156,15 @@ def make_tables(out_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]], di
         summary |= inputs_entry(content.get("provenance"))
         write_json(out_dir / "exhaustive_summary.json", summary)
     return summary, features, per_layer
+
+
+def _rules(out_dir: Path, settings: Mapping[str, Any]) -> tuple[EdgeRule, CalibrationSettings]:
+    """What a folder's edges are called and tested by."""
+    try:
+        rule = EdgeRule(float(settings["min_abs_d"]), float(settings["min_consistency"]))
+        return rule, CalibrationSettings(**{key: int(value) for key, value in settings["calibration"].items()})
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(
+            f"{out_dir / manifest.MANIFEST}: does not say how edges are called and tested, as a folder of an earlier "
+            "version; trace again into another --out-dir, or restore the file."
+        ) from None
