@@ -71,15 +71,18 @@ class TestSignFlips:
         expected = [n_edges(effects * signs[:, None]) for signs in flips.signs]
         sums = SignedSums(effects, CPU)
         assert sums.test(flips, RULE)[1].tolist() == expected
-        assert sums.n_edges(flips.signs, RULE).tolist() == expected
+        once = np.ones((1, n_cells), dtype=np.int64)
+        assert sums.n_edges(once, flips.signs[None], RULE).tolist() == [expected]
 
     def test_edges_of_resampled_cells_are_the_rule_s(self):
         rng = np.random.default_rng(0)
         effects = effects_of(15, 60)
-        weights, signs = rng.multinomial(15, np.full(15, 1 / 15), size=20), rng.choice([-1, 1], (20, 15))
-        rows = zip(weights, signs, strict=True)
-        expected = [n_edges(np.repeat(effects * sign[:, None], weight, axis=0)) for weight, sign in rows]
-        assert SignedSums(effects, CPU).n_edges(weights * signs, RULE).tolist() == expected
+        weights, signs = rng.multinomial(15, np.full(15, 1 / 15), size=20), random_signs((20, 3, 15), rng)
+        expected = [
+            [n_edges(np.repeat(effects * sign[:, None], weight, axis=0)) for sign in of_sample]
+            for weight, of_sample in zip(weights, signs, strict=True)
+        ]
+        assert SignedSums(effects, CPU).n_edges(weights, signs, RULE).tolist() == expected
 
     def test_a_table_of_thresholds(self):
         effects = effects_of(6, 40)

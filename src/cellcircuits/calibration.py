@@ -85,11 +85,13 @@ class Calibrator:
     ) -> dict[str, list[float]]:
         """Edges in every bootstrap sample of the cells, and the mean of its null; repeats of a cell flip together."""
         weights = self.weights[:, measured]  # (n_resamples, n_active)
-        n_flips = self.settings.n_flips_per_resample
-        signs = random_signs((len(weights), n_flips, weights.shape[1]), rng)
-        flipped = (weights[:, None, :] * signs).reshape(len(weights) * n_flips, -1)
-        null = sums.n_edges(flipped, self.rule).reshape(len(weights), n_flips).mean(axis=1)
-        return {"resampled_edges": sums.n_edges(weights, self.rule).tolist(), "resampled_null_edges": null.tolist()}
+        shape = (len(weights), self.settings.n_flips_per_resample, weights.shape[1])
+        as_they_are = np.ones((len(weights), 1, weights.shape[1]), dtype=np.int8)
+        n_edges = sums.n_edges(weights, np.concatenate([as_they_are, random_signs(shape, rng)], axis=1), self.rule)
+        return {
+            "resampled_edges": n_edges[:, 0].tolist(),
+            "resampled_null_edges": n_edges[:, 1:].mean(axis=1).tolist(),
+        }
 
     def _sweep(self, sums: SignedSums, signs: NDArray[np.int8]) -> dict[str, list[list[float]]]:
         rules = [[EdgeRule(d, consistency) for consistency in SWEEP_CONSISTENCY] for d in SWEEP_D]

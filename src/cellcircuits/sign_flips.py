@@ -22,7 +22,9 @@ from cellcircuits.stats import D_MARGIN, EdgeRule
 MAX_EXACT_CELLS = 12
 # Sums that are equal but for float32 rounding count as equal, as a share of the sum of absolute effects.
 TIE = 1e-5
-ELEMENTS_AT_ONCE = 1 << 22
+# What is worked on at once stays in a core's cache; an accelerator wants much work per call.
+ELEMENTS_AT_ONCE, COLUMNS_AT_ONCE = 1 << 17, 1 << 10
+ELEMENTS_ON_ACCELERATOR = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,15 @@ class SignedSums:
             device: where to compute, in float32: effects are scaled per target, which changes neither d nor a sign.
         """
         scaled = effects / np.abs(effects).max(axis=0, keepdims=True, initial=0.0)
+        values, signs = scaled.astype(np.float32), np.sign(effects).astype(np.float32)
+        on_cpu = device.type == "cpu"
+        width = COLUMNS_AT_ONCE if on_cpu else max(1, effects.shape[1])
         self.device = device
-        self.values = torch.from_numpy(scaled.astype(np.float32)).to(device)
-        self.signs = torch.from_numpy(np.sign(effects).astype(np.float32)).to(device)
+        self._elements = ELEMENTS_AT_ONCE if on_cpu else ELEMENTS_ON_ACCELERATOR
+        self._parts = [
+            _Columns.of(values[:, start : start + width], signs[:, start : start + width], device)
+            for start in range(0, effects.shape[1], width)
+        ]
 
     def test(self, flips: Flips, rule: EdgeRule) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Sums of the flipped effects against the observed ones, and against the rule.
@@ -87,63 +95,125 @@ class SignedSums:
             For every target, how many vectors give a |sum| of at least the observed one, (n_targets,); for every
             vector, how many targets the rule calls an edge, (n_vectors,).
         """
-        observed = self.values.sum(dim=0).abs() - TIE * self.values.abs().sum(dim=0)
-        once = torch.ones(1, len(self.values), device=self.device)
-        limit, bounds = self._limit(once, rule.min_abs_d), self._bounds(once, rule.min_consistency)
-        n_as_large = torch.zeros(self.values.shape[1], dtype=torch.int64, device=self.device)
-        n_edges = []
-        for rows in self._pieces(flips.signs):
-            sums = (rows @ self.values).abs_()
-            n_as_large += (sums >= observed).sum(dim=0)
-            n_edges.append(((sums > limit) & _is_outside(rows @ self.signs, bounds)).sum(dim=1))
-        return n_as_large.cpu().numpy(), torch.cat(n_edges).cpu().numpy()
+        rows = self._rows(flips.signs)
+        n_edges = torch.zeros(len(rows), dtype=torch.int32, device=self.device)
+        n_as_large = [np.zeros(0, dtype=np.int64)]
+        for part in self._parts:
+            observed = part.values.sum(dim=0).abs() - TIE * part.sizes.sum(dim=0)
+            once = torch.ones_like(rows[:1])
+            limit, shift, least = part.limit(once, rule.min_abs_d), part.shift(once), _least(once, rule.min_consistency)
+            of_part = torch.zeros(part.width, dtype=torch.int32, device=self.device)
+            for at in self._pieces(len(rows), part.width):
+                sums = (rows[at] @ part.values).abs_()
+                of_part += (sums >= observed).sum(dim=0, dtype=torch.int32)
+                is_edge = (sums > limit).logical_and_(torch.addmm(shift, rows[at], part.signs).abs_() > least)
+                n_edges[at] += is_edge.sum(dim=1, dtype=torch.int32)
+            n_as_large.append(of_part.cpu().numpy().astype(np.int64))
+        return np.concatenate(n_as_large), n_edges.cpu().numpy().astype(np.int64)
 
-    def n_edges(self, rows: NDArray[np.integer], rule: EdgeRule) -> NDArray[np.int64]:
-        """How many targets the rule calls an edge in each sample: (n_rows, n_cells) -> (n_rows,)."""
-        found = [np.zeros(0, dtype=np.int64)]
-        for piece in self._pieces(rows):
-            weights, sums, signs = piece.abs(), (piece @ self.values).abs_(), piece @ self.signs
-            is_large = sums > self._limit(weights, rule.min_abs_d)
-            is_consistent = _is_outside(signs, self._bounds(weights, rule.min_consistency))
-            found.append((is_large & is_consistent).sum(dim=1).cpu().numpy())
-        return np.concatenate(found)
+    def n_edges(self, weights: NDArray[np.integer], signs: NDArray[np.int8], rule: EdgeRule) -> NDArray[np.int64]:
+        """How many targets the rule calls an edge in samples of the cells, each of them flipped in several ways.
+
+        Args:
+            weights: (n_samples, n_cells) how often a sample holds each cell.
+            signs: (n_samples, n_flips, n_cells) of -1 and 1; repeats of a cell flip together.
+            rule: the thresholds.
+
+        Returns:
+            (n_samples, n_flips).
+        """
+        n_flips = signs.shape[1]
+        once, flipped = self._rows(weights), self._rows(weights[:, None, :] * signs)
+        least = _least(once, rule.min_consistency)[:, :, None]
+        found = torch.zeros(signs.shape[:2], dtype=torch.int32, device=self.device)
+        for part in self._parts:
+            for at in self._pieces(len(once), n_flips * part.width):
+                rows = flipped[at].flatten(0, 1)
+                sums = (rows @ part.values).abs_().unflatten(0, (-1, n_flips))  # (n_samples, n_flips, n_targets)
+                n_signs = (rows @ part.signs).unflatten(0, (-1, n_flips)).add_(part.shift(once[at])[:, None]).abs_()
+                is_large = sums > part.limit(once[at], rule.min_abs_d)[:, None]
+                found[at] += is_large.logical_and_(n_signs > least[at]).sum(dim=2, dtype=torch.int32)
+        return found.cpu().numpy().astype(np.int64)
 
     def sweep(self, signs: NDArray[np.integer], rules: Sequence[Sequence[EdgeRule]]) -> NDArray[np.int64]:
-        """Edges summed over sign vectors, for a table of rules with one |d| per row and one consistency per column."""
-        once = torch.ones(1, len(self.values), device=self.device)
-        limits = [self._limit(once, row[0].min_abs_d) for row in rules]
-        bounds = [self._bounds(once, rule.min_consistency) for rule in rules[0]]
-        counts = torch.zeros(len(limits), len(bounds), dtype=torch.int64, device=self.device)
-        for piece in self._pieces(signs):
-            sums, sums_of_signs = (piece @ self.values).abs_(), piece @ self.signs
-            is_consistent = [_is_outside(sums_of_signs, of_one) for of_one in bounds]
-            is_large = [sums > limit for limit in limits]
-            counts += torch.stack([torch.stack([(a & b).sum() for b in is_consistent]) for a in is_large])
-        return counts.cpu().numpy()
+        """Edges summed over sign vectors, for a table of rules.
 
-    def _pieces(self, rows: NDArray[np.integer]) -> Iterator[Tensor]:
-        step = max(1, ELEMENTS_AT_ONCE // max(1, self.values.shape[1]))
-        for start in range(0, len(rows), step):
-            yield torch.from_numpy(rows[start : start + step].astype(np.float32)).to(self.device)
+        Args:
+            signs: (n_vectors, n_cells) of -1 and 1.
+            rules: one |d| per row and one consistency per column, both ascending.
+        """
+        rows = self._rows(signs)
+        once = torch.ones_like(rows[:1])
+        shape = (len(rules) + 1, len(rules[0]) + 1)
+        leasts = [_least(once, rule.min_consistency) for rule in rules[0]]
+        counts = np.zeros(shape, dtype=np.int64)  # by how many thresholds of |d| and of consistency are passed
+        for part in self._parts:
+            limits, shift = [part.limit(once, row[0].min_abs_d) for row in rules], part.shift(once)
+            for at in self._pieces(len(rows), part.width):
+                sums, n_signs = (rows[at] @ part.values).abs_(), torch.addmm(shift, rows[at], part.signs).abs_()
+                passed = _n_passed(sums, limits).mul_(shape[1]).add_(_n_passed(n_signs, leasts))
+                counts += torch.bincount(passed.flatten().long(), minlength=counts.size).cpu().numpy().reshape(shape)
+        return counts[::-1, ::-1].cumsum(axis=0).cumsum(axis=1)[::-1, ::-1][1:, 1:]
 
-    def _limit(self, weights: Tensor, min_abs_d: float) -> Tensor:
-        """What |sum| must exceed for |d| to exceed the threshold, in samples that hold each cell `weights` times."""
-        n = weights.sum(dim=1, keepdim=True)  # (n_rows, 1) cells of the sample, repeats counted
+    def _rows(self, rows: NDArray[np.integer]) -> Tensor:
+        return torch.from_numpy(rows.astype(np.float32)).to(self.device)
+
+    def _pieces(self, n_rows: int, width: int) -> Iterator[slice]:
+        step = max(1, self._elements // max(1, width))
+        return (slice(start, start + step) for start in range(0, n_rows, step))
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Some of the targets: their scaled effects, the signs and the sizes of these, (n_cells, n_targets) each."""
+
+    values: Tensor
+    signs: Tensor
+    sizes: Tensor
+
+    @classmethod
+    def of(cls, values: NDArray[np.float32], signs: NDArray[np.float32], device: torch.device) -> "_Columns":
+        """Bring them to the device."""
+        on_device, of_signs = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (values, signs))
+        return cls(on_device, of_signs, on_device.abs())
+
+    @property
+    def width(self) -> int:
+        """How many they are."""
+        return self.values.shape[1]
+
+    def limit(self, weights: Tensor, min_abs_d: float) -> Tensor:
+        """What |sum| must exceed for |d| to exceed the threshold, in samples that hold each cell `weights` times.
+
+        (n_samples, n_cells) -> (n_samples, n_targets).
+        """
+        n = weights.sum(dim=1, keepdim=True)  # (n_samples, 1) cells of the sample, repeats counted
         t = min_abs_d + D_MARGIN
         spread = (n * n * t * t / (n - 1 + n * t * t)).clamp(min=0)
-        limit = (spread * (weights @ self.values.square())).sqrt_() + TIE * (weights @ self.values.abs())
+        limit = (spread * (weights @ self.values.square())).sqrt_() + TIE * (weights @ self.sizes)
         return torch.where(n > 1, limit, torch.inf)  # one cell has no spread
 
-    def _bounds(self, weights: Tensor, min_consistency: float) -> tuple[Tensor, Tensor]:
-        """Sums of signs under the first and above the second of which a target is consistent.
+    def shift(self, weights: Tensor) -> Tensor:
+        """What makes of the sum of signs the positive cells less the others, an effect of zero being no positive one.
 
-        An effect of zero counts as not positive, flipped or not, and (non-zero + sum of signs) / 2 are positive.
+        Of n cells with a sum of signs s, (non-zero + s) / 2 are positive: less the others that is s + non-zero - n.
         """
-        n, n_nonzero = weights.sum(dim=1, keepdim=True), weights @ self.signs.abs()
-        threshold = Fraction(str(min_consistency))
-        too_few = n.long() * threshold.numerator // threshold.denominator
-        return 2 * (n - too_few) - n_nonzero, 2 * too_few - n_nonzero
+        return weights @ self.signs.abs() - weights.sum(dim=1, keepdim=True)
 
 
-def _is_outside(values: Tensor, bounds: tuple[Tensor, Tensor]) -> Tensor:
-    return (values < bounds[0]) | (values > bounds[1])
+def _n_passed(values: Tensor, thresholds: Sequence[Tensor]) -> Tensor:
+    """How many of the thresholds each value exceeds."""
+    passed = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
+    for threshold in thresholds:
+        passed += values > threshold
+    return passed
+
+
+def _least(weights: Tensor, min_consistency: float) -> Tensor:
+    """What the positive cells less the others must exceed, either way, for a target to be consistent: (n_samples, 1).
+
+    Floors: a majority of exactly the threshold is too few, whatever rounding does to the product.
+    """
+    n = weights.sum(dim=1, keepdim=True)
+    threshold = Fraction(str(min_consistency))
+    return 2 * (n.long() * threshold.numerator // threshold.denominator) - n
