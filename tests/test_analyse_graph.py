@@ -7,11 +7,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy.stats import spearmanr
 
 import analyse_graph
+import exhaustive_feature_tracing
 from cellcircuits.degree_table import read_tables
 from cellcircuits.graph_statistics import GraphSettings, graph_statistics
 from cellcircuits.graph_store import EDGE_SCHEMA, FEATURE_SCHEMA
+from conftest import write_study
 
 QUICK = ["--p-precision", "0.1", "--n-bootstrap", "2"]
 
@@ -198,6 +201,28 @@ def trace(tmp_path: Path) -> Path:
     edges = [edge | {"source": i, "target": target} for i in range(90) for target in range(degrees[i])]
     pq.write_table(pa.Table.from_pylist(edges, schema=EDGE_SCHEMA), folder / "edges.parquet")
     return folder
+
+
+def test_live_targets_and_dose_of_a_trace_drive_the_degrees(tmp_path: Path) -> None:
+    """From the model to the statistics: every predictor has a value for every feature that is active."""
+    study, out_dir = write_study(tmp_path / "study", n_features=120), tmp_path / "out"
+    (path,) = (study.data_root / "sae_models").glob("layer01*/feature_catalog.json")
+    content, rng = json.loads(path.read_text()), np.random.default_rng(0)
+    for feature in content["features"]:
+        feature["activation_freq"] = rng.uniform(0.001, 0.2)
+    write(path, content)
+    assert exhaustive_feature_tracing.main([*study.flags(out_dir), "--downstream-layers", "2", "--sign-flips", "50"]) == 0
+    assert analyse_graph.main(["--trace-dir", str(out_dir), *QUICK]) == 0
+    drivers = statistics_of(out_dir)["drivers"]
+    traced = [row for row in pq.read_table(out_dir / "features.parquet").to_pylist() if row["is_traced"]]
+    active = [row for row in traced if row["n_cells_active"]]
+    assert drivers["predictors"] == ["activation_freq", "n_live_targets", "ablated_norm"]
+    assert drivers["n"] == sum(row["n_live_targets"] > 0 and row["ablated_norm"] > 0 for row in active) >= 50
+    correlation = drivers["result"]["rank_correlations"]["ablated_norm"]["spearman"]
+    known = [row for row in active if row["n_live_targets"] and row["ablated_norm"]]
+    expected = spearmanr([row["ablated_norm"] for row in known], [row["n_edges"] for row in known])
+    assert correlation["rho"] == pytest.approx(expected.statistic, abs=1e-9)
+    assert drivers["result"]["model"]["terms"].keys() >= {"n_live_targets", "ablated_norm"}
 
 
 def test_a_traced_folder(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,10 +98,10 @@ def test_tables_hold_what_the_shards_say(tmp_path: Path):
     assert [facts["label"] for facts in named] == ["term 0", "term 9", "term 15", "term 16"]
     rows = graph_store.read_features(tmp_path).to_pylist()
     assert [tuple(row.values()) for row in rows] == [
-        (5, 0, "term 0", 0.5, True, 4, 3, None, None, None, None, ["TP53"]),
-        (5, 7, "term 7", 0.5, False, None, None, None, None, None, None, ["TP53"]),
-        (5, 9, "term 9", 0.5, True, 2, 1, None, None, None, None, ["TP53"]),
-        (5, 15, "term 15", 0.5, True, 0, 0, None, None, None, None, ["TP53"]),
-        (5, 16, "term 16", 0.5, True, 3, 1, None, None, None, None, ["TP53"]),
-        (6, 9, "unannotated", None, False, None, None, None, None, None, None, []),
+        (5, 0, "term 0", 0.5, True, 4, None, None, 3, None, None, None, None, ["TP53"]),
+        (5, 7, "term 7", 0.5, False, None, None, None, None, None, None, None, None, ["TP53"]),
+        (5, 9, "term 9", 0.5, True, 2, None, None, 1, None, None, None, None, ["TP53"]),
+        (5, 15, "term 15", 0.5, True, 0, None, None, 0, None, None, None, None, ["TP53"]),
+        (5, 16, "term 16", 0.5, True, 3, None, None, 1, None, None, None, None, ["TP53"]),
+        (6, 9, "unannotated", None, False, None, None, None, None, None, None, None, None, []),
     ]

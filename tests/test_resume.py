@@ -50,6 +50,8 @@ class TestPartialWork:
                 "effects": np.ones((shape[0] * shape[1], N_TARGETS)),
                 "measured": np.ones(shape, dtype=bool),
                 "seconds": np.ones(len(BLOCK)),
+                "n_positions": np.ones((len(BLOCK), 12), np.int64),
+                "removed_norm": np.ones((len(BLOCK), 12)),
                 "fingerprint": np.array(settings_fingerprint(open_folder(out_dir)["settings"])),
             } | changed
             shard = graph_store.shard_path(out_dir, 0)

@@ -185,6 +185,10 @@ class TestPartials:
         assert back.n_cells_done == 4 and back.seconds.tolist() == block.seconds.tolist()
         assert np.array_equal(back.effects[:, :4], block.effects[:, :4]) and not back.effects[:, 4:].any()
         assert np.array_equal(back.measured[:, :4], block.measured[:, :4]) and not back.measured[:, 4:].any()
+        assert block.n_positions[:, :4].any() and block.removed_norm[:, :4].any()
+        for name in ("n_positions", "removed_norm"):
+            kept, saved = getattr(back, name), getattr(block, name)
+            assert np.array_equal(kept[:, :4], saved[:, :4]) and not kept[:, 4:].any()
         trace_block(TableBench(), CELLS, back)
         assert np.array_equal(back.effects, block.effects) and np.array_equal(back.measured, block.measured)
 
@@ -218,10 +222,12 @@ class TestPartials:
         np.savez(
             tmp_path / "a.npz", fingerprint=FINGERPRINT, features=[1, 2], measured=np.ones((2, 3), bool),
             effects=np.ones((6, N_TARGETS)), seconds=np.ones(3),
+            n_positions=np.ones((2, 3), int), removed_norm=np.ones((2, 3)),
         )  # fmt: skip
         back = block_of(1, 2)
         back.restore(tmp_path / "a.npz", FINGERPRINT)
         assert back.n_cells_done == 0 and not (back.effects.any() or back.measured.any() or back.seconds.any())
+        assert not (back.n_positions.any() or back.removed_norm.any())
         assert "is damaged (ValueError)" in caplog.text
 
 
@@ -232,8 +238,11 @@ class TestBlockShard:
         shard = block_shard(TableBench(), block, RULE, FINGERPRINT)
         assert [{k: v for k, v in facts.items() if k != "calibration"} for facts in shard.facts.values()] == [
             {"source_layer": 5, "feature_idx": f, "n_cells_active": int((N_ACTIVE[f] > 0).sum()),
-             "n_cells_measured": N_CELLS, "elapsed_seconds": seconds, "fingerprint": FINGERPRINT}
+             "n_cells_measured": N_CELLS, "n_positions": n_positions, "ablated_norm": norm and pytest.approx(norm),
+             "elapsed_seconds": seconds, "fingerprint": FINGERPRINT}
             for f, seconds in ((3, 1.5), (7, 0.0), (12, 2.5), (13, 3.5))
+            for n_positions in [N_ACTIVE[f][N_ACTIVE[f] > 0].mean() if N_ACTIVE[f].any() else None]
+            for norm in [n_positions and f + n_positions / 8]
         ]  # fmt: skip
         expected = []
         for feature in block.features:

@@ -76,12 +76,46 @@ def finished(study_template: Study, tmp_path_factory: pytest.TempPathFactory) ->
     return out_dir
 
 
-def test_every_edge_is_the_reference_s(study_template: Study, finished: Path):
-    model = load_model(str(study_template.model)).model
-    saes = {layer: open_sae(find_sae(study_template.data_root, layer)) for layer in (1, 2, 4, 5)}
-    vocabulary = load_vocabulary([study_template.model], model.config.vocab_size)
+def opened(study: Study):
+    """Model, SAEs and cells of the study."""
+    model = load_model(str(study.model)).model
+    saes = {layer: open_sae(find_sae(study.data_root, layer)) for layer in (1, 2, 4, 5)}
+    vocabulary = load_vocabulary([study.model], model.config.vocab_size)
     selection = CellSelection(cells="all", n_cells=12, min_median_tokens=5)
-    cells = load_cells(study_template.cells, vocabulary, selection, 48).cells
+    return model, saes, load_cells(study.cells, vocabulary, selection, 48).cells
+
+
+def test_positions_and_dose_are_the_reference_s(study_template: Study, finished: Path):
+    """What each ablation takes from the stream, position by position, from dense encodes of the whole stream."""
+    model, saes, cells = opened(study_template)
+    sae = saes[1]
+    found = pq.read_table(finished / "features.parquet").to_pylist()
+    of_cell = []
+    for cell in cells:
+        stream = reference.streams_of(model, cell.tokens)[1]
+        latents, chosen = reference.dense_encode(sae, stream)
+        of_cell.append((latents[cell.gene_positions].double().numpy(), chosen[cell.gene_positions].numpy()))
+    seen = set()
+    for row in (row for row in found if row["is_traced"]):
+        feature = row["feature"]
+        norm = float(np.linalg.norm(sae.W_dec.weight[:, feature].double().numpy()))
+        active = [(latents[:, feature], chosen[:, feature]) for latents, chosen in of_cell if chosen[:, feature].any()]
+        n_positions = [int(chosen.sum()) for _, chosen in active]
+        doses = [np.mean([abs(h) * norm for h, c in zip(latents, chosen, strict=True) if c]) for latents, chosen in active]
+        assert row["n_cells_active"] == len(active)
+        if active:
+            assert row["n_positions"] == pytest.approx(np.mean(n_positions), rel=1e-12)
+            assert row["ablated_norm"] == pytest.approx(np.mean(doses), rel=1e-4)
+            seen |= {*n_positions}
+        else:
+            assert row["n_positions"] is row["ablated_norm"] is None
+    assert len(seen) > 2
+    untraced = [row for row in found if not row["is_traced"]]
+    assert untraced and all(row["n_positions"] is row["ablated_norm"] is None for row in untraced)
+
+
+def test_every_edge_is_the_reference_s(study_template: Study, finished: Path):
+    model, saes, cells = opened(study_template)
     rows = pq.read_table(finished / "edges.parquet").to_pylist()
     traced = sorted({row["source"] for row in rows})
     for feature in traced[::5]:

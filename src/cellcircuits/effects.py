@@ -8,6 +8,7 @@ computes the same for many features at once and is what the experiments run.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -265,6 +266,25 @@ class Bench:
         streams = residual.repeat(len(features), 1, 1)  # (batch, n_pos, d_model)
         streams[measured.item, measured.position] -= h[:, None] * directions
         yield from self.tail.run(streams, measured, start=self.source_layer, clean=residual)
+
+    def removed_norm(self, clean: CleanCell, feature: int, rows: NDArray[np.int64]) -> float:
+        """How much removing a feature takes from the stream: the mean over its active positions of |h_f| ||W_dec[:, f]||.
+
+        Effects are means over the same positions, so this is the dose that they answer to.
+
+        Args:
+            clean: the cell's clean run.
+            feature: source feature.
+            rows: gene positions where it is active, at least one.
+        """
+        latents = np.abs(clean.source_latents(feature, rows), dtype=np.float64)
+        return float(latents.mean() * self._decoder_norms[feature])
+
+    @cached_property
+    def _decoder_norms(self) -> NDArray[np.float64]:
+        """Norm of every decoder direction of the source layer, (n_features,)."""
+        directions = self.saes[self.source_layer].decoder_directions.cpu().numpy()
+        return np.sqrt(np.square(directions, dtype=np.float64).sum(axis=1))
 
     def batch_size(self, n_pos: int) -> int:
         """How many features of a cell of `n_pos` tokens fit in memory as one batch."""

@@ -56,6 +56,8 @@ FEATURE_SCHEMA = pa.schema(
         "activation_freq": pa.float64(),
         "is_traced": pa.bool_(),
         "n_cells_active": pa.int32(),
+        "n_positions": pa.float64(),
+        "ablated_norm": pa.float64(),
         "n_edges": pa.int32(),
         "n_live_targets": pa.int32(),
         "null_edges": pa.float64(),
@@ -227,12 +229,7 @@ def write_features(out_dir: Path, catalogs: Mapping[int, Sequence[FeatureInfo]])
             "label": info.label,
             "activation_freq": info.activation_freq,
             "is_traced": False,
-            "n_cells_active": None,
-            "n_edges": None,
-            "n_live_targets": None,
-            "null_edges": None,
-            "n_edges_bh": None,
-            "degree_calibrated": None,
+            **_degrees({}),
             "top_genes": list(info.top_genes),
         }
         for layer, catalog in sorted(catalogs.items())
@@ -265,7 +262,8 @@ def _degrees(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What `features.parquet` says of a traced feature."""
     calibration = facts.get("calibration", {})
     return {
-        **{name: facts.get(name) for name in ("n_cells_active", "n_edges", "n_edges_bh", "degree_calibrated")},
+        **{name: facts.get(name) for name in ("n_cells_active", "n_positions", "ablated_norm")},
+        **{name: facts.get(name) for name in ("n_edges", "n_edges_bh", "degree_calibrated")},
         **{name: calibration.get(name) for name in ("n_live_targets", "null_edges")},
     }
 

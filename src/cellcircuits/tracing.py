@@ -35,20 +35,26 @@ class BlockEffects:
     """Effects of some features of a block on every cell so far.
 
     `effects` (n_block, n_cells, n_targets) float64 in latent activation units, `measured` (n_block, n_cells)
-    bool, `seconds` (n_block,), `n_cells_done` cells finished.
+    bool, `seconds` (n_block,), `n_cells_done` cells finished; `n_positions` and `removed_norm` (n_block, n_cells), 0
+    where not measured: at how many positions a feature is active, and what `Bench.removed_norm` says.
     """
 
     features: tuple[int, ...]
     effects: NDArray[np.float64]
     measured: NDArray[np.bool_]
     seconds: NDArray[np.float64]
+    n_positions: NDArray[np.int64]
+    removed_norm: NDArray[np.float64]
     n_cells_done: int = 0
 
     @classmethod
     def empty(cls, features: Sequence[int], n_cells: int, n_targets: int) -> "BlockEffects":
         """Nothing measured yet."""
         shape = (len(features), n_cells)
-        return cls(tuple(features), np.zeros((*shape, n_targets)), np.zeros(shape, dtype=bool), np.zeros(len(features)))
+        return cls(
+            tuple(features), np.zeros((*shape, n_targets)), np.zeros(shape, dtype=bool), np.zeros(len(features)),
+            np.zeros(shape, dtype=np.int64), np.zeros(shape),
+        )  # fmt: skip
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Write the finished cells to `path`, whole or not at all."""
@@ -58,6 +64,8 @@ class BlockEffects:
             "effects": self.effects[:, :done][self.measured[:, :done]],  # (n_pairs, n_targets): the others are 0
             "measured": self.measured[:, :done],
             "seconds": self.seconds,
+            "n_positions": self.n_positions[:, :done],
+            "removed_norm": self.removed_norm[:, :done],
             "fingerprint": np.array(fingerprint),
         }
         write_atomically(path, lambda stream: np.savez(stream, **arrays))
@@ -76,11 +84,13 @@ class BlockEffects:
                 done = measured.shape[1]
                 self.measured[:, :done] = measured
                 self.effects[:, :done][measured] = kept["effects"]
+                self.n_positions[:, :done], self.removed_norm[:, :done] = kept["n_positions"], kept["removed_norm"]
                 self.seconds[:] = kept["seconds"]
                 self.n_cells_done = done
         except Exception as error:  # a damaged archive makes zipfile and NumPy raise almost anything
             log.warning("%s is damaged (%s): its block is traced from its first cell.", path, type(error).__name__)
             self.effects[:], self.measured[:], self.seconds[:] = 0.0, False, 0.0
+            self.n_positions[:], self.removed_norm[:] = 0, 0.0
             self.n_cells_done = 0
 
 
@@ -123,8 +133,8 @@ def trace_block(
     """
     for i in range(block.n_cells_done, len(cells)):
         clean = cells[i]
-        n_active = {j: len(clean.active_rows(feature)) for j, feature in enumerate(block.features)}
-        active = sorted((j for j, n in n_active.items() if n), key=lambda j: (n_active[j], j))
+        rows = {j: clean.active_rows(feature) for j, feature in enumerate(block.features)}
+        active = sorted((j for j in rows if len(rows[j])), key=lambda j: (len(rows[j]), j))
         size = batch_size or bench.batch_size(len(clean.cell.tokens))
         left = active
         while left:
@@ -147,6 +157,8 @@ def trace_block(
             left = left[size:]
         require_finite(block.effects[active, i], clean.cell, EFFECT)
         block.measured[active, i] = True
+        block.n_positions[active, i] = [len(rows[j]) for j in active]
+        block.removed_norm[active, i] = [bench.removed_norm(clean, block.features[j], rows[j]) for j in active]
         block.n_cells_done = i + 1
         on_cell(len(block.features))
 
@@ -193,14 +205,17 @@ def block_shard(
     tables = [EDGE_SCHEMA.empty_table()]
     calibrator = Calibrator(rule, calibration, block.measured.shape[1], bench.source_layer, bench.device)
     for j, feature in enumerate(block.features):
-        effects = block.effects[j][block.measured[j]]  # (n_measured, n_targets)
-        tested = calibrator.calibrate(feature, effects, block.measured[j])
+        measured = block.measured[j]
+        effects = block.effects[j][measured]  # (n_measured, n_targets)
+        tested = calibrator.calibrate(feature, effects, measured)
         tables.append(_edge_table(bench, feature, effects, rule, tested))
         facts[feature] = {
             "source_layer": bench.source_layer,
             "feature_idx": feature,
             "n_cells_active": len(effects),
-            "n_cells_measured": block.measured.shape[1],
+            "n_cells_measured": len(measured),
+            "n_positions": float(block.n_positions[j][measured].mean()) if len(effects) else None,
+            "ablated_norm": float(block.removed_norm[j][measured].mean()) if len(effects) else None,
             "elapsed_seconds": float(block.seconds[j]),
             "calibration": tested.counts,
             "fingerprint": fingerprint,
