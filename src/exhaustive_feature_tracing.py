@@ -3,8 +3,9 @@
     python src/exhaustive_feature_tracing.py --data-root sae_data --data-path cells.h5ad --n-cells 20
 
 Writes into the output folder: feature_0042.json per source feature, edges.parquet (all significant edges),
-features.parquet (labels, frequencies, degrees), exhaustive_summary.json, manifest.json, progress.json and
-blocks/ (what a later start resumes from). Running the same command again goes on where it stopped.
+features.parquet (labels, frequencies, degrees), calibration.json, exhaustive_summary.json, manifest.json,
+progress.json, blocks/ (what a later start resumes from) and effects/ with --save-effects. Running the same command
+again goes on where it stopped.
 
 With several source layers (--source-layer 0,5,11 or all) each has such a folder, layer_00/, layer_05/, ..., and
 layers_summary.json has one entry per layer.
@@ -36,6 +37,7 @@ from cellcircuits.trace_flags import (
     add_precision_flag,
     add_sae_run_flag,
     add_same_position_flags,
+    add_save_effects_flag,
     calibration_settings,
     catalog_command,
     n_checked,
@@ -108,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_calibration_flags(group)
     add_precision_flag(group)
     add_same_position_flags(group)
+    add_save_effects_flag(group)
     cli.add_out_dir_flag(group, "where results go")
     cli.add_mix_versions_flag(group)
     cli_check.add_check_flag(group, "trace")
@@ -147,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
         saes = {layer: layers[layer] for layer in (source, *targets[source])}
         return TraceFolder(
             out_dir, source, saes, opened, rule, args.tokenization, args.precision, args.same_position, n_both_ways,
-            args.mix_versions, calibration_settings(args),
+            args.mix_versions, calibration_settings(args), args.save_effects,
         )  # fmt: skip
 
     if several_layers(args):

@@ -24,7 +24,13 @@ from cellcircuits.input_counts import left_out_lines
 from cellcircuits.jsonio import read_json, write_json
 from cellcircuits.pathways import PATHWAYS, Pathway, as_json, read_pathways
 from cellcircuits.stats import EdgeRule
-from cellcircuits.trace_flags import add_edge_flags, add_precision_flag, add_sae_run_flag, catalog_command
+from cellcircuits.trace_flags import (
+    add_edge_flags,
+    add_precision_flag,
+    add_sae_run_flag,
+    add_save_effects_flag,
+    catalog_command,
+)
 from cellcircuits.trace_folder import TraceFolder, make_tables
 from cellcircuits.trace_layers import LayerWork, trace_in_order
 
@@ -82,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_edge_flags(group)
     add_precision_flag(group)
+    add_save_effects_flag(group)
     cli.add_out_dir_flag(group, "where results go", DEFAULT_OUT_DIR)
     cli.add_mix_versions_flag(group)
     cli_check.add_check_flag(group, "trace")
@@ -120,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
         of_folder = {layer: layers[layer] for layer in (source, *later)}
         folders[source] = TraceFolder(
             layer_folder(args.out_dir, source), source, of_folder, opened, rule, args.tokenization, args.precision,
-            mix_versions=args.mix_versions,
+            mix_versions=args.mix_versions, save_effects=args.save_effects,
         )  # fmt: skip
     features = {source: sorted(x.index for x in of_layer) for source, of_layer in chosen.items()}
     if args.check:

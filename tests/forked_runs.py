@@ -38,7 +38,7 @@ _TRAJECTORY = f"{_STUDY} --traj-dir {{study}}"
 COMMANDS = {  # name: script and flags; {study} holds the inputs, {out} is the folder that the run writes
     "exhaustive": f"exhaustive_feature_tracing {_CELLS} --source-layer 1 --downstream-layers 2,4,5 --out-dir {{out}}",
     "two layers": f"exhaustive_feature_tracing {_CELLS} --source-layer 1,2 --downstream-layers 4,5 --end-idx 16 "
-    "--out-dir {out}",
+    "--save-effects --out-dir {out}",
     "same position": f"exhaustive_feature_tracing {_CELLS} --source-layer 1 --downstream-layers 2,4,5 --end-idx 20 "
     "--same-position --same-position-check 4 --out-dir {out}",
     "selective": f"selective_feature_tracing {_CELLS} --source-layers 1,2,4 --n-features 8 --out-dir {{out}}",

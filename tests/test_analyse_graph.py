@@ -211,7 +211,9 @@ def test_live_targets_and_dose_of_a_trace_drive_the_degrees(tmp_path: Path) -> N
     for feature in content["features"]:
         feature["activation_freq"] = rng.uniform(0.001, 0.2)
     write(path, content)
-    assert exhaustive_feature_tracing.main([*study.flags(out_dir), "--downstream-layers", "2", "--sign-flips", "50"]) == 0
+    assert (
+        exhaustive_feature_tracing.main([*study.flags(out_dir), "--downstream-layers", "2", "--sign-flips", "50"]) == 0
+    )
     assert analyse_graph.main(["--trace-dir", str(out_dir), *QUICK]) == 0
     drivers = statistics_of(out_dir)["drivers"]
     traced = [row for row in pq.read_table(out_dir / "features.parquet").to_pylist() if row["is_traced"]]

@@ -101,7 +101,9 @@ def test_positions_and_dose_are_the_reference_s(study_template: Study, finished:
         norm = float(np.linalg.norm(sae.W_dec.weight[:, feature].double().numpy()))
         active = [(latents[:, feature], chosen[:, feature]) for latents, chosen in of_cell if chosen[:, feature].any()]
         n_positions = [int(chosen.sum()) for _, chosen in active]
-        doses = [np.mean([abs(h) * norm for h, c in zip(latents, chosen, strict=True) if c]) for latents, chosen in active]
+        doses = [
+            np.mean([abs(h) * norm for h, c in zip(latents, chosen, strict=True) if c]) for latents, chosen in active
+        ]
         assert row["n_cells_active"] == len(active)
         if active:
             assert row["n_positions"] == pytest.approx(np.mean(n_positions), rel=1e-12)

@@ -268,9 +268,9 @@ class Bench:
         yield from self.tail.run(streams, measured, start=self.source_layer, clean=residual)
 
     def removed_norm(self, clean: CleanCell, feature: int, rows: NDArray[np.int64]) -> float:
-        """How much removing a feature takes from the stream: the mean over its active positions of |h_f| ||W_dec[:, f]||.
+        """How much removing a feature takes from the stream: |h_f| ||W_dec[:, f]||, averaged over its active positions.
 
-        Effects are means over the same positions, so this is the dose that they answer to.
+        Effects are averages over the same positions, so this is the dose that they answer to.
 
         Args:
             clean: the cell's clean run.

@@ -8,7 +8,7 @@ functions of the shards.
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,11 @@ class Shard:
         edges = pa.concat_tables([self.edges, other.edges])
         order = [(name, "ascending") for name in ("source", "target_layer", "target")]
         return Shard(dict(sorted({**self.facts, **other.facts}.items())), edges.sort_by(order))
+
+    def only(self, features: Collection[int]) -> "Shard":
+        """Some of its features."""
+        facts = {feature: facts for feature, facts in self.facts.items() if feature in features}
+        return Shard(facts, self.edges.filter(pc.field("source").isin(list(facts))))
 
     def records(self, catalog: Mapping[int, FeatureInfo]) -> Iterator[tuple[int, dict[str, Any]]]:
         """(feature index, its JSON record) of every feature; labels and frequencies are the catalog's.

@@ -93,6 +93,17 @@ def calibration_settings(args: argparse.Namespace) -> CalibrationSettings:
     return CalibrationSettings(seed=args.calibration_seed, n_draws=args.sign_flips, min_cells=args.min_active_cells)
 
 
+def add_save_effects_flag(group: argparse._ActionsContainer) -> None:
+    """Add `--save-effects`."""
+    group.add_argument(
+        "--save-effects",
+        action="store_true",
+        help="keep every effect of every feature in every cell too, in effects/ (sparse, float32; --check says how "
+        "much that takes). A feature that was traced without is not finished then and is traced again, with the same "
+        "numbers",
+    )
+
+
 def add_same_position_flags(group: argparse._ActionsContainer) -> None:
     """Add `--same-position` and `--same-position-check`."""
     group.add_argument(

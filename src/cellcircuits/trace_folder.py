@@ -40,6 +40,7 @@ class TraceFolder:
         n_checked: same-position effects of how many features to compare with their total effects, once all are there.
         mix_versions: whether to go on in a folder that other software has worked in.
         calibration: how edges are tested.
+        save_effects: whether to keep the effects too; they do not change with it, so it is no setting.
     """
 
     out_dir: Path
@@ -53,6 +54,7 @@ class TraceFolder:
     n_checked: int = 0
     mix_versions: bool = False
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    save_effects: bool = False
 
     @property
     def targets(self) -> tuple[int, ...]:
@@ -124,7 +126,8 @@ class TraceFolder:
 
         definition = same_position_effect if self.same_position else ablation_effect
         catalog = self.layers[self.source_layer].catalog or {}
-        how = (self.rule, fingerprint, batch_size, definition, self.calibration)
+        names = [cell.name for cell in self.opened.cells.cells] if self.save_effects else None
+        how = (self.rule, fingerprint, batch_size, definition, self.calibration, names)
         tracer = Tracer(self.out_dir, bench, clean, catalog, *how)
         make_tables(self.out_dir)  # so that what earlier runs left can be looked up meanwhile
         return tracer.trace(features)

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from cellcircuits import graph_store, manifest
+from cellcircuits import graph_store, manifest, trace_effects
 from cellcircuits.clean_runs import SHARE_OF_MEMORY, CleanRuns, n_bytes
 from cellcircuits.device import host_memory
 from cellcircuits.effects import Bench, CleanCell
 from cellcircuits.flops import ModelShape, block_flops, same_position_flops, tail_flops
-from cellcircuits.plan_report import Disk, Plan, Work, in_numbers, peak_host_bytes
+from cellcircuits.plan_report import Plan, Work, in_numbers, peak_host_bytes
 from cellcircuits.probe import Probe, Rate, Seconds, by_length, is_long, spread
 from cellcircuits.same_position import SamePositionBench
+from cellcircuits.trace_disk import blocks_of, disk
 from cellcircuits.trace_layers import in_order
 from cellcircuits.tracing import BlockEffects, block_shard, trace_block
 
@@ -29,9 +30,7 @@ if TYPE_CHECKING:
 CLEAN_SHARE = 0.3  # of the probe's seconds
 LAYERS_APART = 3  # more source layers are described together
 CELLS_OF_TABLES = 200  # edges are called on at most so many cells when that is timed
-EDGE_BYTES, TOP_EDGE_BYTES, RECORD_BYTES, SHARD_BYTES, ROW_BYTES = 46, 110, 400, 9000, 85  # as the demo's files show
 LATER_BYTES = 200 << 20  # what a run holds beyond its passes: tables, and holes that hours leave in the heap
-SHARE_OF_EDGES = 0.08  # of all targets, as in the demo; a twentieth is chance
 
 
 @dataclass
@@ -70,7 +69,7 @@ class LayerProbe:
     @property
     def n_blocks(self) -> int:
         """Blocks of features with something left."""
-        return len(_blocks(self.left))
+        return len(blocks_of(self.left))
 
 
 def held_features(folder: "TraceFolder") -> set[int]:
@@ -83,7 +82,12 @@ def held_features(folder: "TraceFolder") -> set[int]:
     if not manifest.check_folder(folder.out_dir, settings, folder.provenance(), mix_versions=folder.mix_versions):
         return set()
     fingerprint = manifest.settings_fingerprint(settings)
-    return {feature for shard in graph_store.all_shards(folder.out_dir, fingerprint) for feature in shard.facts}
+    shards = graph_store.all_shards(folder.out_dir, fingerprint)
+    held = {graph_store.block_of(next(iter(shard.facts))): shard.facts.keys() for shard in shards if shard.facts}
+    if folder.save_effects:
+        for block in held:
+            held[block] &= trace_effects.held_features(trace_effects.effects_path(folder.out_dir, block), fingerprint)
+    return {feature for of_block in held.values() for feature in of_block}
 
 
 def check_traces(
@@ -111,16 +115,15 @@ def check_traces(
     held = {folder.source_layer: held_features(folder) for folder in folders}
     left = {layer: [x for x in wanted if x not in held[layer]] for layer, wanted in features.items()}
     plan.to_measure += feature_lines(folders, features, left)
-    busy = [folder for folder in folders if left[folder.source_layer]]
-    if busy:
-        probes = [LayerProbe(folder, left[folder.source_layer]) for folder in busy]
+    probes = [LayerProbe(folder, left[folder.source_layer]) for folder in folders if left[folder.source_layer]]
+    if probes:
         run_probes(probes, batch_size)
         plan.to_measure += pair_lines(probes, len(plan.opened.cells.cells))
         plan.works += works(probes)
         plan.host_bytes = host_bytes(probes)
     else:
         plan.host_bytes = peak_host_bytes()
-    plan.disk = disk(folders, left)
+    plan.disk = disk(folders, left, {x.folder.source_layer: n_effects(x) for x in probes if x.folder.save_effects})
     plan.smaller = lambda share: _smaller(left, share)
     return plan
 
@@ -201,13 +204,6 @@ def warm_up(layer: LayerProbe, total: Bench, clean: CleanRuns, first: int, batch
     return True
 
 
-def _blocks(features: Sequence[int]) -> list[list[int]]:
-    blocks: dict[int, list[int]] = {}
-    for feature in features:
-        blocks.setdefault(graph_store.block_of(feature), []).append(feature)
-    return list(blocks.values())
-
-
 def count_pairs(layer: LayerProbe, clean: CleanRuns, order: Sequence[int], probe: Probe) -> list[CleanCell]:
     """Count active features in cells, in the order given, until the time is over; returns the clean runs made."""
     wanted, counted = np.array(layer.left), []
@@ -227,7 +223,7 @@ def time_passes(
     layer: LayerProbe, bench: Bench, counted: Sequence[CleanCell], probe: Probe, batch_size: int | None
 ) -> None:
     """Time batches of features of one block in one cell each until the time is over."""
-    blocks = _blocks(layer.left)
+    blocks = blocks_of(layer.left)
     order = spread(len(blocks))
     is_total = not isinstance(bench, SamePositionBench)
     rate = layer.total if is_total and layer.folder.same_position else layer.ablated
@@ -372,20 +368,11 @@ def host_bytes(probes: Sequence[LayerProbe]) -> float:
     return peak + most + LATER_BYTES
 
 
-def disk(folders: Sequence["TraceFolder"], left: Mapping[int, Sequence[int]]) -> Disk:
-    """What shards, records and tables of the features left take."""
-    at_least = about = at_most = 0.0
-    for folder in folders:
-        features = left[folder.source_layer]
-        n_rows = sum(opened_sae.sae.n_features for opened_sae in folder.layers.values())
-        fixed = len(features) * RECORD_BYTES + len(_blocks(features)) * SHARD_BYTES + n_rows * ROW_BYTES
-        n_targets = [folder.layers[target].sae.n_features for target in folder.targets]
-        at_least += fixed
-        about += fixed + len(features) * sum(_edge_bytes(SHARE_OF_EDGES * n) for n in n_targets)
-        at_most += fixed + len(features) * sum(_edge_bytes(n) for n in n_targets)
-    return Disk(at_least, about, at_most)
-
-
-def _edge_bytes(n_edges: float) -> float:
-    """Bytes of one feature's edges to one layer: in its shard, in the table, the strongest in its record."""
-    return EDGE_BYTES * n_edges + TOP_EDGE_BYTES * min(50.0, n_edges)
+def n_effects(layer: LayerProbe) -> tuple[float, float]:
+    """About how many effects other than 0 there are, and at most."""
+    folder, n_cells = layer.folder, len(layer.folder.opened.cells.cells)
+    n_targets = sum(folder.layers[target].sae.n_features for target in folder.targets)
+    n_pairs = layer.pairs.number(n_cells)
+    most = n_pairs if len(layer.pairs.n_active) == n_cells else len(layer.left) * n_cells
+    share = 0.0 if layer.effects is None else float(np.mean(layer.effects != 0))
+    return share * n_pairs * n_targets, most * n_targets

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cellcircuits import graph_store, results
+from cellcircuits import graph_store, results, trace_effects
 from cellcircuits.catalog import FeatureInfo
 from cellcircuits.cells import Cell
 from cellcircuits.claims import Claim, claimed, is_claimed
@@ -69,7 +69,8 @@ class Tracer:
 
     `clean` are the clean runs of the cells, `catalog` the source layer's, `fingerprint` that of the run's settings,
     `batch_size` features per batch or None for what memory allows, `definition` what the bench measures, written out,
-    `calibration` how its edges are tested.
+    `calibration` how its edges are tested, `effects_of` the names of the cells where the effects are to be kept too
+    (trace_effects.py), else None.
     """
 
     out_dir: Path
@@ -81,6 +82,7 @@ class Tracer:
     batch_size: int | None = None
     definition: Definition = ablation_effect
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    effects_of: Sequence[str] | None = None
 
     def trace(self, features: Sequence[int]) -> bool:
         """Trace every feature whose result is not on disk yet and that no other process is at work on.
@@ -144,12 +146,18 @@ class Tracer:
             del left[block]
 
     def unfinished(self, block: int, wanted: Sequence[int]) -> list[int]:
-        """Those features of a block that its shard does not hold; JSON files of the others are mended from it."""
+        """Those features of a block that its shard does not hold; JSON files of the others are mended from it.
+
+        Where effects are to be kept, a feature without them is not finished either.
+        """
         shard = graph_store.read_shard(graph_store.shard_path(self.out_dir, block), self.fingerprint)
         if shard is None:
             return list(wanted)
         self.write_records(shard)
-        return [feature for feature in wanted if feature not in shard.facts]
+        finished = shard.facts.keys()
+        if self.effects_of is not None:
+            finished &= trace_effects.held_features(trace_effects.effects_path(self.out_dir, block), self.fingerprint)
+        return [feature for feature in wanted if feature not in finished]
 
     def tidy(self, block: int) -> None:
         """Remove what a process left that was killed between writing a shard and giving back its claim."""
@@ -162,6 +170,8 @@ class Tracer:
     def trace_one(self, block: int, features: Sequence[int], claim: Claim, bar: tqdm) -> bool:
         """Trace some features of a block that this process holds the claim on; returns what `write_block` does."""
         partial = self.partial_path(block)
+        before = graph_store.read_shard(graph_store.shard_path(self.out_dir, block), self.fingerprint)
+        traced_before = before.facts.keys() if before else ()  # without their effects, else they were not traced again
         effects = BlockEffects.empty(features, len(self.clean), self.bench.n_targets)
         effects.restore(partial, self.fingerprint)
         bar.update(len(features) * effects.n_cells_done)
@@ -171,7 +181,14 @@ class Tracer:
                 effects.save(partial, self.fingerprint)
 
         trace_and_save(self.bench, self.clean, effects, save, batch_size=self.batch_size, on_cell=bar.update)
-        is_written = self.write_block(block, self.shard(effects))
+        shard = self.shard(effects)
+        if self.effects_of is not None:
+            if not claim.is_held():  # who took over while this process was suspended writes both
+                return False
+            path = trace_effects.effects_path(self.out_dir, block)
+            trace_effects.add_effects(path, effects, self.effects_of, self.bench.columns, self.fingerprint)
+            shard = shard.only([feature for feature in features if feature not in traced_before])
+        is_written = not shard.facts or self.write_block(block, shard)
         discard(partial)
         return is_written
 
