@@ -2,7 +2,8 @@
 
     python src/make_figures.py --out-dir results/layer5
 
-- exhaustive_feature_tracing: exhaustive_tracing.png (degree distribution, edges per layer, top hubs);
+- exhaustive_feature_tracing: exhaustive_tracing.png (degree distribution, edges per layer, top hubs) and
+  calibration.png (edges expected by chance, by threshold and by degree; calibrated against published degrees);
 - higher_order_ablation: higher_order_ablation.png (ratios by order, beside those of exactly additive effects);
 - trajectory_steering: trajectory_steering.png (state shift per feature, layer and alpha, spread over cells).
 """
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from cellcircuits import cli, cli_check
+from cellcircuits.calibration_figures import calibration_figure
 from cellcircuits.catalog import display_name
 from cellcircuits.combination_results import norm_ratio
 from cellcircuits.errors import UserError
@@ -28,6 +30,8 @@ from cellcircuits.jsonio import read_json, write_atomically
 from cellcircuits.manifest import open_folder
 from cellcircuits.plan_report import free_disk
 from cellcircuits.results import quantity_note
+from cellcircuits.stats import EdgeRule
+from cellcircuits.trace_folder import CALIBRATION
 from cellcircuits.trace_layers import holds_layers
 
 N_HUBS_SHOWN = 12
@@ -37,7 +41,7 @@ COLOUR, ADDITIVE_COLOUR, DOT_COLOUR = "#2f6f8f", "#b0b0b0", "#1a3c4d"
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Draw the results of an experiment into one picture beside them.")
+    parser = argparse.ArgumentParser(description="Draw the results of an experiment into pictures beside them.")
     cli.add_out_dir_flag(parser, "folder of the experiment's results")
     cli_check.add_check_flag(parser, "draw")
     return parser
@@ -53,29 +57,30 @@ def check(args: argparse.Namespace) -> int:
     """Say what would be drawn, of results that can be drawn; returns the exit status.
 
     Raises:
-        UserError: see `figure_of`, or the folder cannot be written.
+        UserError: see `figures_of`, or the folder cannot be written.
     """
-    path, figure = figure_of(args.out_dir)
+    figures = figures_of(args.out_dir)
     free_disk(args.out_dir)
-    there = "replace" if path.exists() else "write"
-    print(f"{len(figure.axes)} panels to {there} as {path}.\nDraw: {args.command}")
+    for path, figure in figures:
+        print(f"{len(figure.axes)} panels to {'replace' if path.exists() else 'write'} as {path}.")
+    print(f"Draw: {args.command}")
     return 0
 
 
 def draw(out_dir: Path) -> int:
-    """Draw the results in `out_dir` into one PNG.
+    """Draw the results in `out_dir` into PNGs.
 
     Raises:
-        UserError: see `figure_of`.
+        UserError: see `figures_of`.
     """
-    path, figure = figure_of(out_dir)
-    write_atomically(path, lambda stream: figure.savefig(stream, dpi=130, format="png"))
-    print(f"Figure: {path}")
+    for path, figure in figures_of(out_dir):
+        write_atomically(path, lambda stream, figure=figure: figure.savefig(stream, dpi=130, format="png"))
+        print(f"Figure: {path}")
     return 0
 
 
-def figure_of(out_dir: Path) -> tuple[Path, Figure]:
-    """Where the figure of the results in `out_dir` goes, and the figure.
+def figures_of(out_dir: Path) -> list[tuple[Path, Figure]]:
+    """The figures of the results in `out_dir`, and where each goes.
 
     Raises:
         UserError: the folder holds no run, none that has a figure, or a damaged summary.
@@ -85,15 +90,17 @@ def figure_of(out_dir: Path) -> tuple[Path, Figure]:
             f"{out_dir}: there is no figure for a trace of several layers as a whole; draw its layer folders."
         )
     experiment = open_folder(out_dir)["settings"].get("experiment")
-    figures: dict[str, tuple[str, Callable[[Path], Figure]]] = {
-        "exhaustive_feature_tracing": ("exhaustive_tracing.png", exhaustive_tracing),
-        "higher_order_ablation": ("higher_order_ablation.png", higher_order_ablation),
-        "trajectory_steering": ("trajectory_steering.png", trajectory_steering),
+    figures: dict[str, dict[str, Callable[[Path], Figure]]] = {
+        "exhaustive_feature_tracing": {
+            "exhaustive_tracing.png": exhaustive_tracing,
+            "calibration.png": calibration,
+        },
+        "higher_order_ablation": {"higher_order_ablation.png": higher_order_ablation},
+        "trajectory_steering": {"trajectory_steering.png": trajectory_steering},
     }
     if experiment not in figures:
         raise UserError(f"{out_dir}: there is no figure for {experiment}; there is one for {', '.join(figures)}.")
-    name, make = figures[experiment]
-    return out_dir / name, make(out_dir)
+    return [(out_dir / name, make(out_dir)) for name, make in figures[experiment].items()]
 
 
 def _summary(path: Path, keys: set[str]) -> dict[str, Any]:
@@ -120,6 +127,24 @@ def exhaustive_tracing(out_dir: Path) -> Figure:
         f"{summary['total_edges']:,} edges{quantity_note(summary)}"
     )
     return figure
+
+
+def calibration(out_dir: Path) -> Figure:
+    """How far to trust the edges of a trace."""
+    path = out_dir / CALIBRATION
+    content = _summary(path, {"settings", "published_rule", "published_rule_by_degree", "sweep", "n_edges"})
+    settings = open_folder(out_dir)["settings"]
+    traced = read_features(out_dir).filter(pc.field("is_traced"))
+    columns = (traced[name].cast("float64").to_numpy() for name in ("n_edges", "degree_calibrated"))
+    title = f"Layer {settings['source_layer']}{quantity_note(settings)}"
+    try:
+        rule = EdgeRule(float(settings["min_abs_d"]), float(settings["min_consistency"]))
+        return calibration_figure(title, content, rule, *columns)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{path}: damaged ({type(error).__name__}: {error}); make it again with exhaustive_feature_tracing.py "
+            "--analysis-only."
+        ) from None
 
 
 def degree_distribution(axes: Axes, degrees: NDArray[np.integer]) -> None:

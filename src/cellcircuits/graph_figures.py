@@ -32,7 +32,7 @@ def degree_tail_panel(axes: Axes, table: DegreeTable, content: Mapping[str, Any]
     axes.set_title("a  Degree distribution")
     positive = np.sort(table.degrees[table.degrees > 0])
     if not len(positive):
-        _say(axes, "no feature has an edge")
+        say(axes, "no feature has an edge")
         return
     values, first = np.unique(positive, return_index=True)
     share = len(positive) / len(table.degrees)
@@ -65,7 +65,7 @@ def frequency_panel(axes: Axes, table: DegreeTable, drivers: Mapping[str, Any]) 
     )
     known = ~np.isnan(table.frequency)
     if not known.any():
-        _say(axes, "no activation frequency is known")
+        say(axes, "no activation frequency is known")
         return
     # features without an edge are drawn below 1, where a logarithmic axis has no 0
     axes.scatter(
@@ -88,7 +88,7 @@ def annotation_panel(axes: Axes, annotation: Mapping[str, Any]) -> None:
     axes.set_yticks(np.linspace(0, 1, 6))
     result = annotation["result"]
     if result is None:
-        _say(axes, annotation["reason"])
+        say(axes, annotation["reason"])
         return
     tops = [top for top in result["top"].values() if top["result"]]
     groups = result["deciles"]
@@ -128,5 +128,6 @@ def _degrees(group: Mapping[str, Any]) -> tuple[int, int]:
     return low, high
 
 
-def _say(axes: Axes, text: str) -> None:
+def say(axes: Axes, text: str) -> None:
+    """Write why there is nothing to draw."""
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color="0.4", wrap=True)
