@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import false_discovery_control, permutation_test
+from scipy.stats import false_discovery_control, nct, permutation_test
 
 from cellcircuits.calibration import Calibrator, FeatureCalibration, hedges_g
 from cellcircuits.edge_fdr import (
@@ -159,8 +159,16 @@ class TestOneFeature:
         rng = np.random.default_rng(0)
         effects = rng.normal(0.8, 1.0, (20, 3000))
         g, low, high = hedges_g(effects)
-        assert np.mean((low <= 0.8 * (1 - 3 / 75)) & (0.8 * (1 - 3 / 75) <= high)) == pytest.approx(0.95, abs=0.015)
-        assert g.mean() == pytest.approx(0.8, abs=0.01)  # d itself is biased by 4%
+        assert np.mean((low <= 0.8) & (high >= 0.8)) == pytest.approx(0.95, abs=0.012)
+        assert g.mean() == pytest.approx(0.8, abs=0.015)  # d itself is biased by 4%
+        few = rng.normal(2.0, 1.0, (8, 3000))  # where a correction of the ends would cost 3%
+        _, low, high = hedges_g(few)
+        assert np.mean((low <= 2.0) & (high >= 2.0)) == pytest.approx(0.95, abs=0.012)
+        t = 3.0 * np.sqrt(8)  # the ends are the effect sizes at which a d of 3 is at the edge of what is usual
+        of_three = (few - few.mean(axis=0)) / few.std(axis=0, ddof=1) + 3.0
+        _, low, high = hedges_g(of_three[:, :1])
+        assert nct.sf(t, 7, low[0] * np.sqrt(8)) == pytest.approx(0.025, abs=1e-6)
+        assert nct.cdf(t, 7, high[0] * np.sqrt(8)) == pytest.approx(0.025, abs=1e-6)
         constant = hedges_g(np.ones((5, 1)))
         assert np.isnan(constant[1]).all() and np.isnan(hedges_g(effects[:2])[0]).all()
 

@@ -100,7 +100,7 @@ class Calibrator:
 
 
 def hedges_g(effects: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Hedges' g per target with its 95% interval, exact for normal effects.
+    """Hedges' g per target, and the 95% interval of the effect size that it estimates, exact for normal effects.
 
     Args:
         effects: (n_cells, n_targets) with n_cells > 2.
@@ -108,7 +108,9 @@ def hedges_g(effects: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray
     Returns:
         g, its lower and its upper end, (n_targets,) each; NaN ends where the effects do not vary or are too few.
 
-    Source: Hedges, J. Educ. Stat. 6, 107 (1981), for one sample; interval by the noncentral t distribution.
+    The interval inverts the noncentral t distribution of d, so g's correction for bias has no part in it.
+
+    Source: Hedges, J. Educ. Stat. 6, 107 (1981), for one sample; Steiger and Fouladi (1997) for the interval.
     """
     from scipy.special import nctdtrinc
 
@@ -121,5 +123,5 @@ def hedges_g(effects: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray
     varies = np.ptp(effects, axis=0) > 0
     t = np.where(varies, d, 0.0) * np.sqrt(n)
     tails = (0.5 + INTERVAL / 2, 0.5 - INTERVAL / 2)
-    ends = (np.where(varies, correction * nctdtrinc(n - 1, tail, t) / np.sqrt(n), np.nan) for tail in tails)
+    ends = (np.where(varies, nctdtrinc(n - 1, tail, t) / np.sqrt(n), np.nan) for tail in tails)
     return correction * d, *ends
