@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,24 @@ from cellcircuits.stats import EdgeRule, effect_statistics
 
 log = logging.getLogger(__name__)
 SAVE_EVERY_SECONDS = 180.0
+
+
+class Measures(Protocol):
+    """What effects come from: a `Bench`, or what measures something else than features, by their numbers, like one."""
+
+    n_targets: int
+
+    def n_rows(self, clean: CleanCell, feature: int, /) -> int:
+        """At how many positions of a cell it is measured; 0 where it cannot be."""
+        ...
+
+    def effects(self, clean: CleanCell, features: Sequence[int], /) -> NDArray[np.float64]:
+        """Effects (len(features), n_targets) in a cell in which all of them can be measured."""
+        ...
+
+    def batch_size(self, n_pos: int, /) -> int:
+        """How many to ask for at once in a cell of `n_pos` tokens."""
+        ...
 
 
 @dataclass
@@ -102,7 +120,7 @@ def within_memory(what: str) -> Iterator[None]:
 
 
 def trace_block(
-    bench: Bench,
+    bench: Measures,
     cells: Sequence[CleanCell],
     block: BlockEffects,
     *,
@@ -112,7 +130,7 @@ def trace_block(
     """Measure the features of `block` on the cells that are not done yet.
 
     Args:
-        bench: model and SAEs.
+        bench: what measures; usually a `Bench`.
         cells: clean runs of all cells, in order.
         block: filled in place, cell by cell.
         batch_size: features per batch of tail runs; None lets memory decide.
@@ -123,7 +141,7 @@ def trace_block(
     """
     for i in range(block.n_cells_done, len(cells)):
         clean = cells[i]
-        n_active = {j: len(clean.active_rows(feature)) for j, feature in enumerate(block.features)}
+        n_active = {j: bench.n_rows(clean, feature) for j, feature in enumerate(block.features)}
         active = sorted((j for j, n in n_active.items() if n), key=lambda j: (n_active[j], j))
         size = batch_size or bench.batch_size(len(clean.cell.tokens))
         left = active
@@ -152,7 +170,7 @@ def trace_block(
 
 
 def trace_and_save(
-    bench: Bench,
+    bench: Measures,
     cells: Sequence[CleanCell],
     block: BlockEffects,
     save: Callable[[], None],
