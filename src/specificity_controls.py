@@ -33,7 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         description="Measure features of a trace again, beside controls that push the residual stream as hard but "
-        "remove something else. Layers, edge rule, tests and precision are those of the trace; model, SAEs and cells must be.",
+        "remove something else. Layers, edge rule, tests and precision are those of the trace; model, SAEs and cells "
+        "must be, too.",
         epilog="""example, on a trace of the demo's layer 5:
   python src/specificity_controls.py --trace-dir results/demo/exhaustive_tracing --model demo/model --data-root demo \\
       --data-path demo/cells.h5ad --cells all --obs-filter split=held_out --n-cells 20 --out-dir results/specificity""",

@@ -68,7 +68,7 @@ class SpecificityRun:
         held = specificity_results.read_records(self.out_dir, self.fingerprint)
         left = [feature for feature in features if feature not in held]
         log.info("%d features to measure, %d of them already done", len(features), len(features) - len(left))
-        for feature in held.keys() - set(left):  # a run that was killed between writing a record and tidying
+        for feature in held:  # a run that was killed between writing a record and tidying
             discard(self.partial_path(feature))
         progress = Progress(self.out_dir / "progress.json", len(features), len(left), len(self.clean))
         with progress.bar:
