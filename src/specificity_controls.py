@@ -150,7 +150,7 @@ def measure(args: argparse.Namespace, controls: "Controls", features: Sequence[i
     from cellcircuits.graph_store import read_edges
     from cellcircuits.specificity_inputs import described_features
     from cellcircuits.specificity_run import SpecificityRun
-    from cellcircuits.specificity_stats import Tests
+    from cellcircuits.specificity_stats import HowTested
     from cellcircuits.trace_layers import in_order
 
     folder, draws = controls.folder, controls.draws
@@ -160,7 +160,7 @@ def measure(args: argparse.Namespace, controls: "Controls", features: Sequence[i
         bench=bench,
         clean=clean,
         draws=draws,
-        tests=Tests(folder.rule, folder.calibration, folder.source_layer, bench.device),
+        tests=HowTested(folder.rule, folder.calibration, folder.source_layer, bench.device),
         frequencies=controls.frequencies,
         traced=read_edges(folder.out_dir),
         described=described_features(folder),

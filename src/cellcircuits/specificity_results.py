@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 EXPERIMENT = "specificity_controls"
 SUMMARY_FILE = "specificity.json"
 NEEDED = ("feature_idx", "label", "activation_freq", "n_cells_active", "real", "controls", "specific", "fingerprint")
-NEEDED_PER_CONDITION = ("n_cells", "n_edges", "tests")
+NEEDED_PER_CONDITION = ("n_cells", "n_edges", "effect_norm", "tests")
 TITLES = {
     "random": "random direction",
     "random_covariance": "random, as the stream varies",
@@ -29,6 +29,8 @@ DEFINITIONS = {
     "(as many of the sizes as fit; a cell without such a position is not measured), measured there",
     "means": "over the draws of a feature, then over features; intervals are 95%, by resampling features",
     "edge_ratio": "edges of the ablations over the mean edges of the control, both summed over features",
+    "effect_norm_ratio": "norm of the mean effects, in latent units, of the ablations over that of the control, both "
+    "summed over features; unlike d, which divides by the spread over cells, it tells a strong effect from a weak one",
     "calibrated": "edges with q_bh < 0.05, |Hedges' g| and consistency over the cells where the target changes above "
     "the rule's thresholds, in features with enough active cells; q over all live targets of all features of one draw, "
     "and of the ablations of the same features",
@@ -85,21 +87,26 @@ def report_lines(summary: Mapping[str, Any]) -> Iterable[str]:
         "calibrated"
     )
     yield (
-        f"  {f'instead ({n_draws} draws)':<30} {'edges':>7} {'calibrated':>10}  {'real / control (95%)':<22} "
-        f"{'same targets':>12} {'by chance':>9} {'p':>8}"
+        f"  {f'instead ({n_draws} draws each)':<30} {'edges':>7} {'calibrated':>10} {'p':>8}  {'edges, own / this':<20} "
+        f"{'effects':>7} {'same targets':>12} {'by chance':>9}"
     )
     for name, control in summary["controls"].items():
         yield (
-            f"  {TITLES[name]:<30} {control['edges_mean']:>7.1f} {control['calibrated_mean']:>10.1f}  "
-            f"{_with_interval(control, 'edge_ratio'):<22} {_share(control['jaccard_mean']):>12} "
-            f"{_share(control['jaccard_expected']):>9} {_p(control['wilcoxon_q']):>8}"
+            f"  {TITLES[name]:<30} {control['edges_mean']:>7.1f} {control['calibrated_mean']:>10.1f} "
+            f"{_p(control['wilcoxon_q']):>8}  {_with_interval(control, 'edge_ratio'):<20} "
+            f"{_ratio(control['effect_norm_ratio']):>7} {_share(control['jaccard_mean']):>12} "
+            f"{_share(control['jaccard_expected']):>9}"
         )
-    specific = summary["specific"]
+    between, specific = real["between_features"], summary["specific"]
+    yield (
+        f"  {'two different features':<30} {'':>58} {_share(between['jaccard_mean']):>12} "
+        f"{_share(between['jaccard_expected']):>9}"
+    )
     yield (
         f"  {_share(specific['share_mean'])} of a feature's edges come with none of these pushes; random targets in "
         f"their place would leave {_share(specific['share_expected'])}"
     )
-    yield "  same targets: overlap (Jaccard) with the feature's own; p: calibrated edges, corrected for the controls"
+    yield "  p: calibrated edges, corrected; effects: their norm, own / this; same targets: overlap (Jaccard) of edges"
 
 
 def _with_interval(content: Mapping[str, Any], name: str) -> str:
@@ -107,6 +114,10 @@ def _with_interval(content: Mapping[str, Any], name: str) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" if low is None or high is None else f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _share(value: float | None) -> str:

@@ -25,7 +25,7 @@ from cellcircuits.specificity import (
     covariance_directions,
     feature_directions,
 )
-from cellcircuits.specificity_stats import Tested, Tests, likeness, specific_edges, tested
+from cellcircuits.specificity_stats import HowTested, Outcome, likeness, outcome_of, specific_edges
 from cellcircuits.trace_run import SELF_CHECK_TIED_SHARE, SELF_CHECK_TIES, Progress, Tracer
 from cellcircuits.tracing import BlockEffects, trace_and_save
 
@@ -46,7 +46,7 @@ class SpecificityRun:
     bench: Bench
     clean: Sequence[CleanCell]
     draws: Draws
-    tests: Tests
+    tests: HowTested
     frequencies: Mapping[int, float]
     traced: pa.Table
     described: Mapping[int, Mapping[str, Any]]
@@ -111,7 +111,7 @@ class SpecificityRun:
         """
         feature = controlled.feature
         of_each = [
-            tested(effects[measured], feature, self.tests)
+            outcome_of(effects[measured], feature, self.tests)
             for effects, measured in zip(block.effects, block.measured, strict=True)
         ]
         real, n = of_each[0], self.draws.n
@@ -149,7 +149,7 @@ class SpecificityRun:
         other = directions.others[draw]
         return {"feature_idx": other, "activation_freq": self.frequencies[other], "direction_cosine": cosine}
 
-    def require_traced(self, feature: int, real: Tested) -> int:
+    def require_traced(self, feature: int, real: Outcome) -> int:
         """How many edges of the ablation are not those of the trace: none but what float32 rounding may move.
 
         Raises:

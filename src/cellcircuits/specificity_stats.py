@@ -22,7 +22,7 @@ NOTHING = "no edge, or no effect, of the ablation or of the control"
 
 
 @dataclass(frozen=True)
-class Tests:
+class HowTested:
     """How effects are tested: by the rule and the sign flips of the trace."""
 
     rule: EdgeRule
@@ -32,7 +32,7 @@ class Tests:
 
 
 @dataclass(frozen=True)
-class Tested:
+class Outcome:
     """Effects of one feature under one condition, over the cells in which they were measured.
 
     Attributes:
@@ -53,8 +53,13 @@ class Tested:
     is_strong: NDArray[np.bool_]
 
     def counts(self) -> dict[str, Any]:
-        """For JSON: numbers of cells, live targets and edges."""
-        return {"n_cells": self.n_cells, "n_live_targets": len(self.live), "n_edges": len(self.edges)}
+        """For JSON: numbers of cells, live targets and edges, and the norm of the mean effects."""
+        return {
+            "n_cells": self.n_cells,
+            "n_live_targets": len(self.live),
+            "n_edges": len(self.edges),
+            "effect_norm": float(np.linalg.norm(self.mean)),
+        }
 
     def tests(self) -> dict[str, Any]:
         """For JSON: p of every live target, which targets are edges, and which of those are strong."""
@@ -66,7 +71,7 @@ class Tested:
         }
 
 
-def tested(effects: Floats, feature: int, tests: Tests) -> Tested:
+def outcome_of(effects: Floats, feature: int, tests: HowTested) -> Outcome:
     """Test the effects of one condition.
 
     The sign vectors of a feature are those of its trace, for controls as well.
@@ -88,10 +93,10 @@ def tested(effects: Floats, feature: int, tests: Tests) -> Tested:
     consistency = np.maximum(n_positive, n_nonzero - n_positive) / np.maximum(1, n_nonzero)
     is_large = np.abs(hedges_g(of_edges)[0]) > tests.rule.min_abs_d
     is_strong = is_large & (consistency > tests.rule.min_consistency)
-    return Tested(n_cells, measured.mean, live, numerators, denominator, edges, is_strong)
+    return Outcome(n_cells, measured.mean, live, numerators, denominator, edges, is_strong)
 
 
-def likeness(real: Tested, control: Tested) -> dict[str, Any]:
+def likeness(real: Outcome, control: Outcome) -> dict[str, Any]:
     """How alike the targets of a control are to those of the ablation; None where something is undefined.
 
     Returns:
@@ -128,7 +133,7 @@ def expected_jaccard(n: int, n_a: int, n_b: int) -> float | None:
     return float((hypergeom.pmf(k, n, n_a, n_b) * k / (n_a + n_b - k)).sum())
 
 
-def specific_edges(real: Tested, controls: Mapping[str, list[Tested]]) -> dict[str, Any]:
+def specific_edges(real: Outcome, controls: Mapping[str, list[Outcome]]) -> dict[str, Any]:
     """How many edges of the ablation no draw of any control has, and how many if these had random edges.
 
     With enough draws random sets would cover everything, so the share means something beside `share_expected` only.

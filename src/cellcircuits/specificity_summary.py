@@ -18,7 +18,7 @@ from cellcircuits.specificity_stats import expected_jaccard
 N_RESAMPLES = 2000
 INTERVAL = (2.5, 97.5)
 MEANS = (
-    "edges_mean", "calibrated_mean", "jaccard_mean", "jaccard_expected", "jaccard_calibrated_mean",
+    "edges_mean", "calibrated_mean", "effect_norm_mean", "jaccard_mean", "jaccard_expected", "jaccard_calibrated_mean",
     "effect_cosine_mean", "effect_abs_cosine_mean", "direction_abs_cosine_mean",
 )  # fmt: skip
 NO_EDGES = "no edge of the ablation or of the control"
@@ -83,6 +83,7 @@ def feature_rows(records: Sequence[Record], settings: Mapping[str, Any]) -> list
             **{key: record[key] for key in ("feature_idx", "label", "activation_freq", "n_cells_active")},
             "n_edges": record["real"]["n_edges"],
             "n_edges_calibrated": len(real[i]),
+            "effect_norm": record["real"]["effect_norm"],
             "specific": record["specific"],
             "controls": {
                 name: _means(record["controls"][name], [draw[i] for draw in of_controls[name]], real[i])
@@ -128,6 +129,7 @@ def _means(
     means = (
         _mean(_column(draws, itemgetter("n_edges"))),
         _mean(_column(calibrated, len)),
+        _mean(_column(draws, itemgetter("effect_norm"))),
         _mean(_column(draws, itemgetter("jaccard"))),
         _mean(_column(draws, itemgetter("jaccard_expected"))),
         _mean(_column(calibrated, lambda of_draw: jaccard(of_draw, real))),
@@ -151,6 +153,9 @@ def _control(rows: Sequence[Mapping[str, Any]], name: str, resampled: "Resampled
             "calibrated_mean": _mean(calibrated),
             **resampled.ratio("edge_ratio", real, edges),
             **resampled.ratio("calibrated_ratio", real_calibrated, calibrated),
+            **resampled.ratio(
+                "effect_norm_ratio", _column(rows, itemgetter("effect_norm")), columns["effect_norm_mean"]
+            ),
             **resampled.mean("jaccard", columns["jaccard_mean"]),
             "jaccard_expected": _mean(columns["jaccard_expected"]),
             **resampled.mean("jaccard_calibrated", columns["jaccard_calibrated_mean"]),
