@@ -87,7 +87,7 @@ def report_lines(summary: Mapping[str, Any]) -> Iterable[str]:
         "calibrated"
     )
     yield (
-        f"  {f'instead ({n_draws} draws each)':<30} {'edges':>7} {'calibrated':>10} {'p':>8}  {'edges, own / this':<20} "
+        f"  {f'instead ({n_draws} draws)':<30} {'edges':>7} {'calibrated':>10} {'p':>8}  {'edges, own / this':<20} "
         f"{'effects':>7} {'same targets':>12} {'by chance':>9}"
     )
     for name, control in summary["controls"].items():
