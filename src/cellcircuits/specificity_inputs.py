@@ -89,6 +89,7 @@ def require_same(traced: TracedRun, settings: Mapping[str, Any]) -> None:
     Raises:
         UserError: it was not; names each difference.
     """
+    settings = {key: value for key, value in settings.items() if key not in NOT_NUMBERS}
     kept = {key: traced.settings.get(key) for key in settings}
     differences = list(manifest.setting_differences(kept, settings))
     if differences:
