@@ -24,7 +24,6 @@ SUMMARY_KEYS = {
     "jaccard_high", "jaccard_expected", "effect_cosine_mean", "wilcoxon_p", "wilcoxon_q", "n_features", "reason",
 }  # fmt: skip
 N_ROWS = 1 + 4 * 2
-N = 5  # features of the first nine that are active in two cells
 
 
 def flags(study: Study, trace_dir: Path, out_dir: Path, *more: str) -> list[str]:
@@ -66,7 +65,7 @@ def test_the_ablations_are_those_of_the_trace(traced: Path, finished: Path):
     edges = pq.read_table(traced / "edges.parquet").to_pandas()
     rows = [row for row in features if row["is_traced"] and row["n_cells_active"] >= 2]
     of_run = summary(finished)["features"]
-    assert [row["feature_idx"] for row in of_run] == [row["feature"] for row in rows] and len(rows) == N
+    assert [row["feature_idx"] for row in of_run] == [row["feature"] for row in rows] and len(rows) > 2
     for row, mine, record in zip(rows, of_run, records(finished), strict=True):
         assert mine["n_edges"] == row["n_edges"] and mine["n_edges_calibrated"] == row["degree_calibrated"]
         assert record["real"]["n_live_targets"] == row["n_live_targets"]
@@ -89,7 +88,10 @@ def test_files_have_the_agreed_form(finished: Path):
         assert control["jaccard_low"] <= control["jaccard_mean"] <= control["jaccard_high"]
     others = [draw["feature_idx"] for record in records(finished) for draw in record["controls"]["other_feature"]]
     assert len(set(others[:2])) == 2 and not {record["feature_idx"] for record in records(finished)} & {3}
-    assert json.loads((finished / "progress.json").read_text()) == {"n_features": N, "n_features_done": N}
+    assert json.loads((finished / "progress.json").read_text()) == {
+        "n_features": found["n_features"],
+        "n_features_done": found["n_features"],
+    }
     assert not list(finished.rglob("*.npz")) and not list(finished.rglob("*.tmp"))
 
 
@@ -97,7 +99,9 @@ def test_the_report_says_it_in_words(finished: Path, capsys: pytest.CaptureFixtu
     before = without_times(finished)
     assert script.main(["--out-dir", str(finished), "--analysis-only"]) == 0
     printed = capsys.readouterr().out
-    assert f"Layer 1: {N} features, each removed" in printed and "two different features" in printed
+    assert (
+        f"Layer 1: {len(records(finished))} features, each removed" in printed and "two different features" in printed
+    )
     assert without_times(finished) == before
 
 
@@ -116,7 +120,7 @@ class Stop:
         monkeypatch.setattr(Bench, "push_effects", push_effects)
 
 
-@pytest.mark.parametrize("n", [2, 16, 30])
+@pytest.mark.parametrize("n", [2, 16, 25])
 def test_stopped_and_started_again_it_writes_the_same_bytes(
     n: int, study_template: Study, traced: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -250,14 +254,14 @@ def test_check_counts_what_the_run_then_does(
     words = flags(study_template, traced, tmp_path / "out")
     check(script.main, words, tmp_path)
     (plan,) = plans
-    n_pairs = sum(record["n_cells_active"] for record in records(finished))
+    n, n_pairs = len(records(finished)), sum(record["n_cells_active"] for record in records(finished))
     assert work(plan, "ablated passes").n == N_ROWS * n_pairs and work(plan, "clean passes").n == 12
     printed = capsys.readouterr().out
-    assert f"{N} of layer 1, to layers 2, 4, 5; 0 are there" in printed and f"{N_ROWS} per feature and cell" in printed
+    assert f"{n} of layer 1, to layers 2, 4, 5; 0 are there" in printed and f"{N_ROWS} per feature and cell" in printed
     size = sum(path.stat().st_size for path in finished.rglob("*"))
     assert plan.disk.at_least / 3 < size < 3 * plan.disk.at_most
     check(script.main, flags(study_template, traced, finished), finished)
-    assert f"{N} are there" in capsys.readouterr().out and plans[1].works == []
+    assert f"{n} are there" in capsys.readouterr().out and plans[1].works == []
 
 
 def test_the_figure(finished: Path, tmp_path: Path, capsys):
