@@ -85,6 +85,8 @@ def test_files_have_the_agreed_form(finished: Path):
         rows = [row["controls"][name] for row in found["features"]]
         assert control["edges_mean"] == pytest.approx(np.mean([row["edges_mean"] for row in rows]))
         assert control["edge_ratio"] == pytest.approx(found["real"]["edges_mean"] / control["edges_mean"])
+        own = [row["n_edges"] > row["controls"][name]["edges_mean"] for row in found["features"]]
+        assert control["n_features_more_edges"] == sum(own)
         assert control["jaccard_low"] <= control["jaccard_mean"] <= control["jaccard_high"]
     others = [draw["feature_idx"] for record in records(finished) for draw in record["controls"]["other_feature"]]
     assert len(set(others[:2])) == 2 and not {record["feature_idx"] for record in records(finished)} & {3}

@@ -38,10 +38,10 @@ def edges_panel(axes: Axes, summary: Mapping[str, Any], names: Sequence[str]) ->
     axes.set_title("a  Number of edges")
     rows = summary["features"]
     own = np.maximum([row["n_edges"] for row in rows], LEAST) if rows else np.ones(0)
-    highest = max([1.0, *own])
+    lowest, highest = min([*own, 10.0]), max([1.0, *own])
     for name in names:
         edges = np.array([row["controls"][name]["edges_mean"] for row in rows])
-        highest = max(highest, *edges) if len(edges) else highest
+        lowest, highest = min([lowest, *np.maximum(edges, LEAST)]), max([highest, *edges])
         axes.scatter(
             own,
             np.maximum(edges, LEAST),
@@ -51,7 +51,7 @@ def edges_panel(axes: Axes, summary: Mapping[str, Any], names: Sequence[str]) ->
             edgecolor=COLOURS[name],
             label=f"{TITLES[name]}: own edges / these {_with_interval(summary['controls'][name], 'edge_ratio')}",
         )
-    ends = (0.8 * LEAST, 1.4 * highest)
+    ends = (0.8 * lowest, 1.4 * highest)
     axes.plot(ends, ends, "--", color=DATA, linewidth=1, label="as many")
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=(ends[0], ends[1] * 6))
     axes.xaxis.set_major_formatter(FuncFormatter(_edges_at))

@@ -28,7 +28,8 @@ DEFINITIONS = {
     "in each draw; shuffled_positions: the same direction and sizes at random gene positions where f is not active "
     "(as many of the sizes as fit; a cell without such a position is not measured), measured there",
     "means": "over the draws of a feature, then over features; intervals are 95%, by resampling features",
-    "edge_ratio": "edges of the ablations over the mean edges of the control, both summed over features",
+    "edge_ratio": "edges of the ablations over the mean edges of the control, both summed over features, so that hubs "
+    "weigh most; n_features_more_edges counts the features that have more edges than under the control",
     "effect_norm_ratio": "norm of the mean effects, in latent units, of the ablations over that of the control, both "
     "summed over features; unlike d, which divides by the spread over cells, it tells a strong effect from a weak one",
     "calibrated": "edges with q_bh < 0.05, |Hedges' g| and consistency over the cells where the target changes above "

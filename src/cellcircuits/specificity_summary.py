@@ -152,6 +152,7 @@ def _control(rows: Sequence[Mapping[str, Any]], name: str, resampled: "Resampled
             "edges_mean": _mean(edges),
             "calibrated_mean": _mean(calibrated),
             **resampled.ratio("edge_ratio", real, edges),
+            "n_features_more_edges": int((real > edges).sum()),
             **resampled.ratio("calibrated_ratio", real_calibrated, calibrated),
             **resampled.ratio(
                 "effect_norm_ratio", _column(rows, itemgetter("effect_norm")), columns["effect_norm_mean"]
