@@ -50,6 +50,7 @@ def check_specificity(
     n_targets = sum(folder.layers[layer].sae.n_features for layer in folder.targets)
     effects = 8.0 * n_conditions * n_targets * len(folder.opened.cells.cells)
     plan.host_bytes = host_bytes([probe]) + effects
+    plan.smaller = lambda share: f"--n-features {max(1, int(share * len(left)))}"
     plan.disk = _disk(len(left), n_conditions, n_targets, effects)
     return plan
 
