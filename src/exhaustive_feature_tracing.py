@@ -26,7 +26,6 @@ from cellcircuits.catalog import MIN_ACTIVATION_FREQ, FeatureInfo
 from cellcircuits.cells import CellSelection
 from cellcircuits.edge_fdr import calibration_lines
 from cellcircuits.errors import UserError
-from cellcircuits.files import read_bounded
 from cellcircuits.input_counts import left_out_lines
 from cellcircuits.jsonio import read_json
 from cellcircuits.same_position_record import check_line
@@ -40,6 +39,7 @@ from cellcircuits.trace_flags import (
     add_save_effects_flag,
     calibration_settings,
     catalog_command,
+    listed_features,
     n_checked,
     source_layers,
 )
@@ -61,8 +61,6 @@ if TYPE_CHECKING:
     from cellcircuits.inputs import LayerSAE
 
 log = logging.getLogger(__name__)
-MAX_LIST_BYTES = 1 << 24
-MAX_DIGITS = 9
 GO_ON = "everything finished is kept; run the same command again to go on."
 
 
@@ -225,7 +223,7 @@ def chosen_features(args: argparse.Namespace, catalog: dict[int, FeatureInfo], l
     if args.features is None:
         wanted = [i for i, info in catalog.items() if (info.activation_freq or 0.0) >= MIN_ACTIVATION_FREQ]
     else:
-        wanted = _listed_features(args.features)
+        wanted = listed_features(args.features)
         unknown = [feature for feature in wanted if feature not in catalog]
         if unknown:
             raise UserError(f"--features: the catalog of layer {layer} has no feature {unknown[0]}.")
@@ -236,22 +234,6 @@ def chosen_features(args: argparse.Namespace, catalog: dict[int, FeatureInfo], l
             f"{MIN_ACTIVATION_FREQ} and {args.start_idx} <= index < {end}; widen --start-idx and --end-idx."
         )
     return features
-
-
-def _listed_features(text: str) -> list[int]:
-    def indices(words: list[str]) -> list[int]:
-        sound = all(word.isdecimal() and len(word) <= MAX_DIGITS for word in words)
-        return sorted({int(word) for word in words}) if sound else []
-
-    listed = indices(text.replace(",", " ").split())
-    if not listed:
-        try:
-            listed = indices(read_bounded(Path(text), MAX_LIST_BYTES, "a list").decode().replace(",", " ").split())
-        except (OSError, UserError, UnicodeDecodeError):
-            listed = []
-    if not listed:
-        raise UserError(f"--features {text}: neither a list such as 898,1762 nor a file with feature indices.")
-    return listed
 
 
 def report(out_dir: Path) -> int:

@@ -5,7 +5,8 @@
 - exhaustive_feature_tracing: exhaustive_tracing.png (degree distribution, edges per layer, top hubs) and
   calibration.png (edges expected by chance, by threshold and by degree; calibrated against published degrees);
 - higher_order_ablation: higher_order_ablation.png (ratios by order, beside those of exactly additive effects);
-- trajectory_steering: trajectory_steering.png (state shift per feature, layer and alpha, spread over cells).
+- trajectory_steering: trajectory_steering.png (state shift per feature, layer and alpha, spread over cells);
+- specificity_controls: specificity.png (edges of features and of their controls, and how many targets they share).
 """
 
 import argparse
@@ -30,6 +31,7 @@ from cellcircuits.jsonio import read_json, write_atomically
 from cellcircuits.manifest import open_folder
 from cellcircuits.plan_report import free_disk
 from cellcircuits.results import quantity_note
+from cellcircuits.specificity_figures import specificity_figure
 from cellcircuits.stats import EdgeRule
 from cellcircuits.trace_folder import CALIBRATION
 from cellcircuits.trace_layers import holds_layers
@@ -97,6 +99,7 @@ def figures_of(out_dir: Path) -> list[tuple[Path, Figure]]:
         },
         "higher_order_ablation": {"higher_order_ablation.png": higher_order_ablation},
         "trajectory_steering": {"trajectory_steering.png": trajectory_steering},
+        "specificity_controls": {"specificity.png": specificity_controls},
     }
     if experiment not in figures:
         raise UserError(f"{out_dir}: there is no figure for {experiment}; there is one for {', '.join(figures)}.")
@@ -316,6 +319,12 @@ def state_shifts(axes: Axes, features: Sequence[Mapping[str, Any]], alpha: str) 
     axes.axvline(0, color="0.4", linewidth=0.8)
     axes.set(xlabel="state shift (difference of cosines)", title=f"alpha {float(alpha):g}")
     axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 2))
+
+
+def specificity_controls(out_dir: Path) -> Figure:
+    """Edges and shared targets of features and their controls."""
+    needed = {"source_layer", "n_features", "n_draws", "real", "controls", "features"}
+    return specificity_figure(_summary(out_dir / "specificity.json", needed))
 
 
 def _shortened(label: str) -> str:

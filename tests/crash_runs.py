@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from forked_runs import COMMANDS, SOURCES, Forker, Run, command, contents, is_unfinished, start_alone
+from forked_runs import AFTER, COMMANDS, SOURCES, Forker, Run, command, contents, is_unfinished, start_alone
 
 FORKED, SHARED, FRESH = "", ", one of two", ", command line"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -290,7 +290,13 @@ def main() -> int:
     sources = shutil.copytree(args.sources, root / "src", ignore=shutil.ignore_patterns("__pycache__"))
     tallies: dict[str, Tally] = {}
     with Forker(sources, args.slow) as forker:
+        chosen = args.experiment or list(COMMANDS)
         forker.ask({"inputs": str(root / "study")})
+        for before in {AFTER[name] for name in chosen if name in AFTER}:
+            script, flags = command(before, root / "study", root / "study" / "trace")
+            run = forker.start(script, flags, root / f"{before}.log")
+            if run.wait(LONGEST_RUN) != 0:
+                raise SystemExit(f"{before} ended with status {run.status()}: {run.said()}")
 
         def starter(name: str, mode: str) -> Start:
             def start(out_dir: Path, log: Path) -> Run:
@@ -299,7 +305,7 @@ def main() -> int:
 
             return start
 
-        for (name, mode), n_kills in shares(args.kills, args.experiment or list(COMMANDS)).items():
+        for (name, mode), n_kills in shares(args.kills, chosen).items():
             title, rng = name + mode, random.Random(f"{args.seed} {name}{mode}")
             tallies[title] = crash(mode, starter(name, mode), root / title.replace(" ", "_"), n_kills, rng)
             print("\n".join(tallies[title].notes), end="\n" * bool(tallies[title].notes), flush=True)

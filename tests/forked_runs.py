@@ -48,9 +48,12 @@ COMMANDS = {  # name: script and flags; {study} holds the inputs, {out} is the f
     "trajectory": f"trajectory_analysis {_TRAJECTORY} --layers 1,4 --out-dir {{out}}",
     "pseudotime": f"trajectory_analysis {_STUDY} --root-cell-type Monocyte --layers 1,4 --out-dir {{out}}",
     "steering": f"trajectory_steering {_TRAJECTORY} --panel {{study}}/panel.json --out-dir {{out}}",
+    "specificity": f"specificity_controls {_CELLS} --trace-dir {{study}}/trace --n-features 4 --draws 2 "
+    "--min-active-cells 2 --out-dir {out}",
     "prepare": f"prepare_inputs {_CELLS} --data-root {{out}} --layers 1,4 --expansion 2 --k 4 --epochs 3 "
     "--batch-size 32 --min-firings 2 --gmt GO_BP={study}/terms.gmt",
 }
+AFTER = {"specificity": "exhaustive"}  # what is to be run before one of them, into {study}/trace
 PANEL = [{"layer": 1, "idx": 0, "d": 1.25, "label": "Chromatin"}, {"layer": 5, "idx": 6}, {"layer": 4, "idx": 10}]
 TRIPLETS = "1:7,2:30,4:12\n1:0,1:21,4:5\n4:8,2:9,1:33\n"
 PAIRS = "1:7,2:30\n2:9,2:11\n1:0,4:5\n"
@@ -320,7 +323,7 @@ def hurry(slow: float) -> None:
                 setattr(found, name, 0.05)
     graph_store.BLOCK_SIZE = 4
     steps = [
-        (effects.Bench, "effects"), (joint.JointBench, "clean"), (steering.SteeringBench, "mean_changes"),
+        (effects.Bench, "push_effects"), (joint.JointBench, "clean"), (steering.SteeringBench, "mean_changes"),
         (sae_model.TopKSAE, "top_k"), (torch.nn.Embedding, "forward"), (torch.optim.Adam, "step"), (os, "fsync"),
     ]  # fmt: skip
     for owner, name in steps:

@@ -35,13 +35,16 @@ class TableBench:
     def __init__(self, before: Callable[[int, Sequence[int]], None] = lambda row, features: None):
         self.before, self.calls = before, []
 
+    def n_rows(self, clean: Any, feature: int) -> int:
+        return len(clean.active_rows(feature))
+
     def effects(self, clean: Any, features: Sequence[int]) -> np.ndarray:
         self.before(clean.cell.row, features)
         self.calls.append((clean.cell.row, tuple(features)))
         return TABLE[list(features), clean.cell.row]
 
-    def removed_norm(self, clean: Any, feature: int, rows: np.ndarray) -> float:
-        return feature + len(rows) / 8
+    def removed_norm(self, clean: Any, feature: int) -> float:
+        return feature + self.n_rows(clean, feature) / 8
 
     def batch_size(self, n_pos: int) -> int:
         return n_pos - 5

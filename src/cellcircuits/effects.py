@@ -3,7 +3,8 @@
 Per cell and target layer the effect of a source feature is the change (ablated - clean) of every latent,
 averaged in float64 over the gene positions where the source is active in the clean run.
 `ablation_effect` says so in a dozen lines, with one full hooked forward pass per feature. `Bench.effects`
-computes the same for many features at once and is what the experiments run.
+computes the same for many features at once and is what the experiments run; `Bench.push_effects` does so for any
+edit along one direction.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -109,6 +110,19 @@ class CleanCell:
         return at_rows.values[at_rows.features == feature]
 
 
+@dataclass(frozen=True)
+class Push:
+    """An edit of one copy of a cell's source stream along one direction: x -> x + size * direction.
+
+    `rows` (n_rows,) are the positions, ascending and counted among the gene positions, with a size each: `sizes`
+    (n_rows,). `direction` (d_model,) lies on the device.
+    """
+
+    rows: NDArray[np.int64]
+    sizes: NDArray[np.floating]
+    direction: Tensor
+
+
 @torch.inference_mode()
 def ablation_effect(bench: "Bench", cell: Cell, feature: int) -> dict[int, NDArray[np.float64]] | None:
     """Effect of removing one feature, by two full hooked forward passes: the definition, slow and readable.
@@ -203,12 +217,8 @@ class Bench:
         }
         return CleanCell(cell, kept_on_host(residual[0]), source, targets)
 
-    @torch.inference_mode()
     def effects(self, clean: CleanCell, features: Sequence[int]) -> NDArray[np.float64]:
         """Effects of removing each feature alone, as one batch of tail runs.
-
-        A feature whose latent is 0 wherever it is selected changes nothing, and its effects are exactly 0:
-        running it would leave rounding in their place, and the edge rule counts signs.
 
         Args:
             clean: the cell's clean run.
@@ -218,66 +228,89 @@ class Bench:
             (len(features), n_targets): the target layers side by side, as `columns` lays them out.
 
         Raises:
-            UserError: the model or an SAE gives NaN or infinite values.
+            UserError: see `push_effects`.
             ValueError: a feature is active nowhere in this cell, which is not an effect of zero.
         """
-        active = [clean.active_rows(feature) for feature in features]
-        if not all(len(rows) for rows in active):
+        return self.push_effects(clean, [self.removal(clean, feature) for feature in features])
+
+    def removal(self, clean: CleanCell, feature: int) -> Push:
+        """The push that removes a feature: -h_f * W_dec[:, f] where it is active."""
+        rows = clean.active_rows(feature)
+        direction = self.saes[self.source_layer].decoder_directions[feature]
+        return Push(rows, -clean.source_latents(feature, rows), direction)
+
+    def n_rows(self, clean: CleanCell, feature: int) -> int:
+        """At how many gene positions `effects` would measure a feature in a cell; 0 where it cannot."""
+        return len(clean.active_rows(feature))
+
+    @torch.inference_mode()
+    def push_effects(self, clean: CleanCell, pushes: Sequence[Push]) -> NDArray[np.float64]:
+        """Effects of each push alone, at the positions it pushes, as one batch of tail runs.
+
+        A push whose sizes are all 0, as of a feature whose latent is 0 wherever it is selected, changes nothing, and
+        its effects are exactly 0: running it would leave rounding in their place, and the edge rule counts signs.
+
+        Args:
+            clean: the cell's clean run.
+            pushes: one per copy of the cell, each at one position or more.
+
+        Returns:
+            (len(pushes), n_targets): the target layers side by side, as `columns` lays them out.
+
+        Raises:
+            UserError: the model or an SAE gives NaN or infinite values.
+            ValueError: a push is at no position, which is not an effect of zero.
+        """
+        if not all(len(push.rows) for push in pushes):
             raise ValueError("a feature that is active nowhere in a cell has no effect there to measure")
-        effects = np.zeros((len(features), self.n_targets))
-        moved = [i for i, rows in enumerate(active) if clean.source_latents(features[i], rows).any()]
+        effects = np.zeros((len(pushes), self.n_targets))
+        moved = [i for i, push in enumerate(pushes) if push.sizes.any()]
         if not moved:
             return effects
-        rows = [active[i] for i in moved]
+        moving = [pushes[i] for i in moved]
         # the device works through all layers before anything is brought to the host, which would wait for it
-        streams = self._run(clean, [features[i] for i in moved], rows)
-        ablated = {layer: (finite_rows(stream), self.saes[layer].top_k(stream)) for layer, stream in streams}
-        n_rows = np.array([len(of_feature) for of_feature in rows])
-        feature, row = np.repeat(np.arange(len(moved)), n_rows), np.concatenate(rows)
+        streams = self._run(clean, moving)
+        edited = {layer: (finite_rows(stream), self.saes[layer].top_k(stream)) for layer, stream in streams}
+        n_rows = np.array([len(push.rows) for push in moving])
+        copy, row = np.repeat(np.arange(len(moving)), n_rows), np.concatenate([push.rows for push in moving])
         positions, mend = clean.cell.gene_positions[row], mend_at(self.tail.precision)
-        for layer, (are_finite, latents) in ablated.items():
+        for layer, (are_finite, latents) in edited.items():
             require_rows(are_finite, clean.cell, f"{stream_at(layer)} after an ablation", positions, mend)
             n_features = self.saes[layer].n_features
             after, before = TopKLatents.on_host(*latents), clean.targets[layer].at(row)
             require_finite(after.values, clean.cell, latents_at(layer), positions, mend)
-            change = after.totals(feature, n_features) - before.totals(feature, n_features)
+            change = after.totals(copy, n_features) - before.totals(copy, n_features)
             effects[moved, self.columns[layer]] = change / n_rows[:, None]
         return effects
 
-    def _run(
-        self, clean: CleanCell, features: Sequence[int], active: Sequence[NDArray[np.int64]]
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Run one copy of the cell per feature, moved by -h_f * W_dec[:, f] where the feature is active.
+    def _run(self, clean: CleanCell, pushes: Sequence[Push]) -> Iterator[tuple[int, Tensor]]:
+        """Run one copy of the cell per push.
 
         Args:
             clean: the cell's clean run.
-            features: one source feature per copy.
-            active: its active gene positions, counted among the gene positions.
+            pushes: none is empty.
 
         Yields:
-            (target layer, its residual stream at these positions (n_rows, d_model), copy by copy), ascending.
+            (target layer, its residual stream at the pushed positions (n_rows, d_model), copy by copy), ascending.
         """
-        measured = MeasuredPositions.of([clean.cell.gene_positions[rows] for rows in active], self.device)
-        latents = [clean.source_latents(feature, rows) for feature, rows in zip(features, active, strict=True)]
-        h = torch.from_numpy(np.concatenate(latents)).to(self.device)
-        chosen = torch.as_tensor(list(features), device=self.device)[measured.item]
-        directions = self.saes[self.source_layer].decoder_directions[chosen]  # (n_rows, d_model)
+        measured = MeasuredPositions.of([clean.cell.gene_positions[push.rows] for push in pushes], self.device)
+        sizes = torch.from_numpy(np.concatenate([push.sizes for push in pushes])).to(self.device)
+        directions = torch.stack([push.direction for push in pushes])[measured.item]  # (n_rows, d_model)
         residual = clean.residual.to(self.device)
-        streams = residual.repeat(len(features), 1, 1)  # (batch, n_pos, d_model)
-        streams[measured.item, measured.position] -= h[:, None] * directions
+        streams = residual.repeat(len(pushes), 1, 1)  # (batch, n_pos, d_model)
+        streams[measured.item, measured.position] += sizes[:, None] * directions
         yield from self.tail.run(streams, measured, start=self.source_layer, clean=residual)
 
-    def removed_norm(self, clean: CleanCell, feature: int, rows: NDArray[np.int64]) -> float:
+    def removed_norm(self, clean: CleanCell, feature: int) -> float:
         """How much removing a feature takes from the stream: |h_f| ||W_dec[:, f]||, averaged over its active positions.
 
         Effects are averages over the same positions, so this is the dose that they answer to.
 
         Args:
             clean: the cell's clean run.
-            feature: source feature.
-            rows: gene positions where it is active, at least one.
+            feature: source feature, active at one position at least.
         """
-        latents = np.abs(clean.source_latents(feature, rows), dtype=np.float64)
+        latents = np.abs(self.removal(clean, feature).sizes, dtype=np.float64)
         return float(latents.mean() * self._decoder_norms[feature])
 
     @cached_property

@@ -21,14 +21,15 @@ from cellcircuits.results import SCHEMA_VERSION, one_at_a_time
 MANIFEST = "manifest.json"
 RESULTS = (
     "feature_*.json", "pair_*.json", "triplet_*.json", "steering_*.json", "*summary.json", "cell_metadata.json",
-    "switch_features.json", "same_position_check.json", "calibration.json", "*.parquet", "blocks", "partial", "effects",
-    "state_signatures.npz", "sae_activations.npz",
+    "switch_features.json", "same_position_check.json", "calibration.json", "specificity*.json", "*.parquet",
+    "blocks", "partial", "effects", "state_signatures.npz", "sae_activations.npz",
 )  # fmt: skip
 NEEDED_SETTING = {  # one that every manifest of the experiment has
     "exhaustive_feature_tracing": ("source_layer", int),
     "higher_order_ablation": ("order", int),
     "trajectory_steering": ("alphas", list),
     "trajectory_analysis": ("layers", list),
+    "specificity_controls": ("draws", int),
 }
 SOURCES = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "transformers", "numpy", "scipy", "anndata", "scanpy", "pandas", "h5py", "pyarrow")

@@ -21,13 +21,26 @@ N_TOP_EFFECTS = 50
 N_HUBS = 20
 DEGREE_BINS = (0, 1, 10, 50, 100, 500, 1000, 5000, 10000)
 _FEATURE = r"L\d+_F\d+"
-HALF_WRITTEN = re.compile(
-    r"\.((manifest|progress|(exhaustive_|selective_|trajectory_|layers_)?summary|switch_features|same_position_check|calibration|graph_statistics|cell_metadata|chosen_features|feature_\d+"
-    rf"|(pair|triplet)_{_FEATURE}(_x_{_FEATURE})+|steering_F\d+_L\d+)\.json|(edges|features)\.parquet"
-    r"|(exhaustive_tracing|higher_order_ablation|trajectory_steering|graph_statistics|calibration)\.png|block_\d+\.(parquet|partial\.npz)"
-    rf"|(effects_\d+|state_signatures|sae_activations|unfinished|rows_\d+|same_position_check_\w+|{_FEATURE}(_x_{_FEATURE})+)\.npz)\.\d+(\.[0-9a-f]{{8}})?\.tmp"
-    r"|\.clock\.\w+\.tmp"
-)
+_COMBINATION = rf"{_FEATURE}(_x_{_FEATURE})+"
+OUR_FILES = {
+    "json": (
+        "manifest", "progress", "(exhaustive_|selective_|trajectory_|layers_)?summary", "switch_features",
+        "same_position_check", "calibration", "graph_statistics", "additivity", "declaration", "steering_tests",
+        "cell_metadata", "chosen_features", r"feature_\d+", r"specificity(_\d+)?", rf"(pair|triplet)_{_COMBINATION}",
+        r"(steering|controlled)_F\d+_L\d+",
+    ),
+    "parquet": ("edges", "features", r"block_\d+"),
+    "png": (
+        "exhaustive_tracing", "higher_order_ablation", "trajectory_steering", "graph_statistics", "calibration",
+        "specificity", "controlled_steering",
+    ),
+    "npz": (
+        r"block_\d+\.partial", r"effects_\d+", r"specificity_\d+", "state_signatures", "sae_activations", "first_half",
+        "probe", "unfinished", r"rows_\d+", r"same_position_check_\w+", _COMBINATION,
+    ),
+}  # fmt: skip
+_ANY_OF_OURS = "|".join(f"({'|'.join(names)})[.]{kind}" for kind, names in OUR_FILES.items())
+HALF_WRITTEN = re.compile(rf"\.({_ANY_OF_OURS})\.\d+(\.[0-9a-f]{{8}})?\.tmp|\.clock\.\w+\.tmp")
 SUBFOLDERS = ("blocks", "partial", "effects")
 SAME_POSITION = "same_position"  # the `quantity` of settings and summaries; without one it is the total effect
 NOT_EFFECTS = ("label", "activation_freq", "elapsed_seconds")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cellcircuits.cells import Cell
 from cellcircuits.device import batch_memory, host_memory
-from cellcircuits.effects import Bench, CleanCell, TopKLatents, mean_change
+from cellcircuits.effects import Bench, CleanCell, Push, TopKLatents, mean_change
 from cellcircuits.geneformer import BlockParts, block_parts, edited, residuals
 from cellcircuits.interventions import remove_features
 from cellcircuits.linear import joined_linear
@@ -116,34 +116,28 @@ class SamePositionBench(Bench):
         """How many features of a cell of `n_pos` tokens to ask for at once: `effects` divides them as memory wants."""
         return ROWS_PER_RUN
 
-    def _run(
-        self, clean: CleanCell, features: Sequence[int], active: Sequence[NDArray[np.int64]]
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Run the active positions of the features only; see `Bench._run`."""
+    def _run(self, clean: CleanCell, pushes: Sequence[Push]) -> Iterator[tuple[int, Tensor]]:
+        """Run the pushed positions only; see `Bench._run`."""
         streams = [
-            dict(self._run_rows(clean, [features[i] for i in batch], [active[i] for i in batch]))
-            for batch in _batches([len(rows) for rows in active])
+            dict(self._run_rows(clean, [pushes[i] for i in batch]))
+            for batch in _batches([len(push.rows) for push in pushes])
         ]
         for layer in self.targets:
             yield layer, torch.cat([of_batch[layer] for of_batch in streams])
 
-    def _run_rows(
-        self, clean: CleanCell, features: Sequence[int], active: Sequence[NDArray[np.int64]]
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Run the active positions of all features, as rows one feature after the other.
+    def _run_rows(self, clean: CleanCell, pushes: Sequence[Push]) -> Iterator[tuple[int, Tensor]]:
+        """Run the pushed positions of all copies, as rows one copy after the other.
 
         Yields:
             (target layer, the residual stream of every row (n_rows, d_model)), ascending.
         """
-        item = np.repeat(np.arange(len(features)), [len(rows) for rows in active])  # (n_rows,)
-        position = clean.cell.gene_positions[np.concatenate(active)]
+        item = np.repeat(np.arange(len(pushes)), [len(push.rows) for push in pushes])  # (n_rows,)
+        position = clean.cell.gene_positions[np.concatenate([push.rows for push in pushes])]
         visible = torch.from_numpy(_visible(item, position, len(clean.cell.tokens)))  # (n_rows, n_pos + n_rows)
         mask = torch.zeros(visible.shape, dtype=self.model.dtype).masked_fill_(~visible, -torch.inf).to(self.device)
-        latents = [clean.source_latents(feature, rows) for feature, rows in zip(features, active, strict=True)]
-        h = torch.from_numpy(np.concatenate(latents)).to(self.device)
-        directions = self.saes[self.source_layer].decoder_directions  # (n_features, d_model)
-        removed = h[:, None] * directions[torch.from_numpy(np.array(features)[item]).to(self.device)]
-        streams = clean.residual[torch.from_numpy(position)].to(self.device) - removed  # (n_rows, d_model)
+        sizes = torch.from_numpy(np.concatenate([push.sizes for push in pushes])).to(self.device)
+        directions = torch.stack([push.direction for push in pushes])[torch.from_numpy(item).to(self.device)]
+        streams = clean.residual[torch.from_numpy(position)].to(self.device) + sizes[:, None] * directions
         key_values = self._key_values(clean)
         for layer, block in self._blocks.items():
             streams = block(streams, key_values[layer], mask)

@@ -2,14 +2,18 @@
 
 import argparse
 import shlex
+from pathlib import Path
 
 from cellcircuits import cli
 from cellcircuits.edge_fdr import CalibrationSettings
 from cellcircuits.errors import UserError
+from cellcircuits.files import read_bounded
 from cellcircuits.precision import FP32, PRECISIONS
 from cellcircuits.stats import EdgeRule
 
 SAME_POSITION_CHECKED = 16
+MAX_LIST_BYTES = 1 << 24
+MAX_DIGITS = 9
 SHARED_WITH_PREPARATION = (
     "model model_subfolder model_revision dicts sae_run cells control_column control_values cell_line "
     "counts gene_column tokenization max_tokens min_mapped min_median_tokens downsample_to"
@@ -151,6 +155,28 @@ def n_checked(args: argparse.Namespace) -> int:
             "out --same-position."
         )
     return SAME_POSITION_CHECKED if args.same_position_check is None else args.same_position_check
+
+
+def listed_features(text: str) -> list[int]:
+    """Feature indices, ascending and distinct, from `898,1762` or from a file with such a list.
+
+    Raises:
+        UserError: it is neither.
+    """
+
+    def indices(words: list[str]) -> list[int]:
+        sound = all(word.isdecimal() and len(word) <= MAX_DIGITS for word in words)
+        return sorted({int(word) for word in words}) if sound else []
+
+    listed = indices(text.replace(",", " ").split())
+    if not listed:
+        try:
+            listed = indices(read_bounded(Path(text), MAX_LIST_BYTES, "a list").decode().replace(",", " ").split())
+        except (OSError, UserError, UnicodeDecodeError):
+            listed = []
+    if not listed:
+        raise UserError(f"--features {text}: neither a list such as 898,1762 nor a file with feature indices.")
+    return listed
 
 
 def catalog_command(args: argparse.Namespace, defaults: argparse.Namespace, layer: int) -> str:

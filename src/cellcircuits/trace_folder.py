@@ -146,7 +146,7 @@ def make_tables(out_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]], di
     settings = content["settings"]
     # of two processes that end at the same time, the one that writes last has then seen all shards
     with results.one_at_a_time(out_dir):
-        rule, calibration = _rules(out_dir, settings)
+        rule, calibration = edge_rules(out_dir, settings)
         fingerprint = manifest.settings_fingerprint(settings)
         q_values = graph_store.count_p(out_dir, fingerprint).q_values()
         family = Family(q_values, rule, calibration.min_cells)
@@ -161,7 +161,7 @@ def make_tables(out_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]], di
     return summary, features, per_layer
 
 
-def _rules(out_dir: Path, settings: Mapping[str, Any]) -> tuple[EdgeRule, CalibrationSettings]:
+def edge_rules(out_dir: Path, settings: Mapping[str, Any]) -> tuple[EdgeRule, CalibrationSettings]:
     """What a folder's edges are called and tested by."""
     try:
         rule = EdgeRule(float(settings["min_abs_d"]), float(settings["min_consistency"]))

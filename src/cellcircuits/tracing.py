@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,28 @@ from cellcircuits.stats import EdgeRule, effect_statistics
 
 log = logging.getLogger(__name__)
 SAVE_EVERY_SECONDS = 180.0
+
+
+class Measures(Protocol):
+    """What effects come from: a `Bench`, or what measures something else than features, by their numbers, like one."""
+
+    n_targets: int
+
+    def n_rows(self, clean: CleanCell, feature: int, /) -> int:
+        """At how many positions of a cell it is measured; 0 where it cannot be."""
+        ...
+
+    def effects(self, clean: CleanCell, features: Sequence[int], /) -> NDArray[np.float64]:
+        """Effects (len(features), n_targets) in a cell in which all of them can be measured."""
+        ...
+
+    def removed_norm(self, clean: CleanCell, feature: int, /) -> float:
+        """How far the stream is moved at those positions, on average."""
+        ...
+
+    def batch_size(self, n_pos: int, /) -> int:
+        """How many to ask for at once in a cell of `n_pos` tokens."""
+        ...
 
 
 @dataclass
@@ -112,7 +134,7 @@ def within_memory(what: str) -> Iterator[None]:
 
 
 def trace_block(
-    bench: Bench,
+    bench: Measures,
     cells: Sequence[CleanCell],
     block: BlockEffects,
     *,
@@ -122,7 +144,7 @@ def trace_block(
     """Measure the features of `block` on the cells that are not done yet.
 
     Args:
-        bench: model and SAEs.
+        bench: what measures; usually a `Bench`.
         cells: clean runs of all cells, in order.
         block: filled in place, cell by cell.
         batch_size: features per batch of tail runs; None lets memory decide.
@@ -133,8 +155,8 @@ def trace_block(
     """
     for i in range(block.n_cells_done, len(cells)):
         clean = cells[i]
-        rows = {j: clean.active_rows(feature) for j, feature in enumerate(block.features)}
-        active = sorted((j for j in rows if len(rows[j])), key=lambda j: (len(rows[j]), j))
+        n_active = {j: bench.n_rows(clean, feature) for j, feature in enumerate(block.features)}
+        active = sorted((j for j, n in n_active.items() if n), key=lambda j: (n_active[j], j))
         size = batch_size or bench.batch_size(len(clean.cell.tokens))
         left = active
         while left:
@@ -157,14 +179,14 @@ def trace_block(
             left = left[size:]
         require_finite(block.effects[active, i], clean.cell, EFFECT)
         block.measured[active, i] = True
-        block.n_positions[active, i] = [len(rows[j]) for j in active]
-        block.removed_norm[active, i] = [bench.removed_norm(clean, block.features[j], rows[j]) for j in active]
+        block.n_positions[active, i] = [n_active[j] for j in active]
+        block.removed_norm[active, i] = [bench.removed_norm(clean, block.features[j]) for j in active]
         block.n_cells_done = i + 1
         on_cell(len(block.features))
 
 
 def trace_and_save(
-    bench: Bench,
+    bench: Measures,
     cells: Sequence[CleanCell],
     block: BlockEffects,
     save: Callable[[], None],
