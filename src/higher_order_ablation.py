@@ -3,8 +3,8 @@
     python src/higher_order_ablation.py --data-root sae_data --data-path cells.h5ad --pair-dir results/pairwise_ablation
 
 Writes into the output folder: triplet_L0_F1_x_L5_F2_x_L11_F3.json per triplet (pair_... with --order 2),
-summary.json, manifest.json, progress.json, effects/ with --save-effects and partial/ while it runs. Running the
-same command again goes on where it stopped.
+summary.json, additivity.json (do effects add?), manifest.json, progress.json, effects/ with --save-effects and partial/
+while it runs. Running the same command again goes on where it stopped.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cellcircuits import cli, cli_check, combination_results, manifest, results
 from cellcircuits.catalog import UNANNOTATED
 from cellcircuits.cells import CellSelection
+from cellcircuits.combination_stats import AdditivitySettings
 from cellcircuits.combinations import (
     TRIPLET_LAYERS,
     Combination,
@@ -30,7 +31,7 @@ from cellcircuits.input_counts import inputs_entry, left_out_lines
 from cellcircuits.jsonio import write_json
 from cellcircuits.selection import FEATURES_PER_LAYER, choose_pairs, read_selective_summary
 from cellcircuits.stats import EdgeRule
-from cellcircuits.trace_flags import add_edge_flags, add_sae_run_flag
+from cellcircuits.trace_flags import add_edge_flags, add_sae_run_flag, add_sign_flip_flags
 
 if TYPE_CHECKING:
     from cellcircuits.inputs import LayerSAE, ModelAndCells
@@ -68,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         "whole combination",
     )
     add_edge_flags(group)
+    add_sign_flip_flags(group, AdditivitySettings.n_draws, "interactions of a combination")
     group.add_argument(
         "--out-dir",
         type=Path,
@@ -170,7 +172,8 @@ def run(args: argparse.Namespace) -> int:
     saes = {layer: opened_sae.sae for layer, opened_sae in layers.items()}
     bench = JointBench(loaded.model, saes, ablated, args.target_layer)
     rule = EdgeRule(args.min_abs_d, args.min_consistency)
-    settings = run_settings(args, opened, layers, rule)
+    tests = AdditivitySettings(seed=args.calibration_seed, n_draws=args.sign_flips)
+    settings = run_settings(args, opened, layers, rule) | {"additivity": tests.record()}
     if not (args.triplets or args.pairs):
         flag, folder = ("--pair-dir", args.pair_dir) if args.order == 3 else ("--selective-dir", args.selective_dir)
         manifest.require_same_origin(flag, [folder, *sorted(folder.glob("layer*"))], settings)
@@ -179,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
         provenance["seeds"]["pairing"] = config["pairing_seed"]
     fingerprint = manifest.settings_fingerprint(settings)
     run_ = CombinationRun(
-        args.out_dir, bench, opened.cells.cells, rule, fingerprint, args.save_effects, args.batch_size
+        args.out_dir, bench, opened.cells.cells, rule, fingerprint, args.save_effects, args.batch_size, tests
     )
     if args.check:
         from cellcircuits.combination_plan import check_combinations
@@ -293,7 +296,7 @@ def run_settings(
 
 
 def report(out_dir: Path, first: Sequence[str] = ()) -> int:
-    """Summarise what the folder holds, in `summary.json` and on the terminal; returns the exit status.
+    """Summarise what the folder holds: `summary.json`, `additivity.json`, the terminal; returns the exit status.
 
     Args:
         out_dir: the folder of a run.
@@ -307,12 +310,23 @@ def report(out_dir: Path, first: Sequence[str] = ()) -> int:
     order, named = settings["order"], ("order", "target_layer", "n_cells", "min_abs_d", "min_consistency")
     if order not in DEFAULT_OUT_DIRS or any(key not in settings for key in named):
         raise UserError(f"{out_dir / manifest.MANIFEST}: damaged; restore it or choose another --out-dir.")
+    tests = settings.get("additivity")
+    if not isinstance(tests, dict) or type(tests.get("seed")) is not int:
+        raise UserError(
+            f"{out_dir / manifest.MANIFEST}: does not say how additivity is tested, as a folder of an earlier version; "
+            "measure again into another --out-dir, or restore the file."
+        )
+    from cellcircuits.additivity_summary import additivity_lines, additivity_summary  # scipy takes a second
+
     earlier = [*first, *(name for name in combination_results.names_in_summary(out_dir, order) if name not in first)]
     records = combination_results.read_records(out_dir, order, manifest.settings_fingerprint(settings), earlier)
     summary = combination_results.summarise(order, records, {key: settings[key] for key in named})
     summary |= inputs_entry(content.get("provenance"))
     write_json(out_dir / "summary.json", summary)
-    print("\n".join([*combination_results.report_lines(order, summary), *left_out_lines(summary)]))
+    additivity = additivity_summary(order, records, settings)
+    write_json(out_dir / "additivity.json", additivity)
+    lines = [*combination_results.report_lines(order, summary), *additivity_lines(additivity), *left_out_lines(summary)]
+    print("\n".join(lines))
     return 0
 
 

@@ -1,9 +1,13 @@
 """Records and summaries of experiment 2: pairs and triplets. Standard library only."""
 
+import base64
 import json
 import logging
 import statistics
+import zlib
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,8 @@ from cellcircuits.results import SCHEMA_VERSION
 log = logging.getLogger(__name__)
 KINDS = {2: "pair", 3: "triplet"}
 RATIO = {2: "ratio_median", 3: "threeway_ratio"}
+TESTS = "additivity"  # what a record holds for additivity.json
+MAX_TARGETS = 1 << 24
 
 
 def record_path(out_dir: Path, combination: Combination) -> Path:
@@ -67,12 +73,43 @@ def read_record(path: Path, fingerprint: str) -> dict[str, Any] | None:
         # all that the summary needs of it
         json.dumps([content, content["elapsed_seconds"] / 60], allow_nan=False)
         _row(order, content)
-    except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        _require_tests(order, content[TESTS])
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, zlib.error):
         is_whole = False
     if not is_whole:
         log.warning("%s is damaged, of another run or under another name: it is not counted.", path)
         return None
     return content
+
+
+def _require_tests(order: int, tested: Mapping[str, Any]) -> None:
+    """Check the part of a record that `additivity_summary` needs.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, zlib.error: it is damaged.
+    """
+    wanted = {"".join(letters) for size in range(2, order + 1) for letters in combinations(LETTERS[:order], size)}
+    n_live = tested["n_live_targets"]
+    if tested["conditions"].keys() != wanted or not 0 <= n_live <= MAX_TARGETS or type(tested["n_cells"]) is not int:
+        raise ValueError("other conditions or numbers")
+    for condition in tested["conditions"].values():
+        for packed in (condition["p"], condition["direction"]):
+            raw = zlib.decompressobj().decompress(base64.b64decode(packed["numerators"]), 4 * n_live + 1)
+            numbers = array("i", raw)
+            if len(numbers) != n_live or not 0 <= min(numbers, default=0) <= max(numbers, default=0) <= int(
+                packed["denominator"]
+            ):
+                raise ValueError("damaged tests")
+        ends = [condition[key] for key in ("redundancy_index", "redundancy_index_low", "redundancy_index_high")]
+        if not all(end is None or isinstance(end, float) for end in ends):
+            raise ValueError("damaged index")
+        float(condition["n_changed"]), [float(strong["p"]) for strong in condition["strongest"]]
+
+
+def feature_names(record: Mapping[str, Any]) -> list[str]:
+    """Names of the features of a record, A first."""
+    features = (record[key] for letter in LETTERS if (key := f"feature_{letter}") in record)
+    return [f"L{feature['layer']}_F{feature['idx']}" for feature in features]
 
 
 def read_records(out_dir: Path, order: int, fingerprint: str, first: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -91,7 +128,7 @@ def names_in_summary(out_dir: Path, order: int) -> list[str]:
         kept = read_json(out_dir / "summary.json")
         return [
             str(entry[f"{kind}_id"])
-            for key in (f"per_{kind}_results", "control_pair_results")
+            for key in (f"per_{kind}_results", f"control_{kind}_results")
             for entry in kept.get(key, ())
         ]
     except (UserError, AttributeError, KeyError, TypeError):
@@ -101,27 +138,27 @@ def names_in_summary(out_dir: Path, order: int) -> list[str]:
 def summarise(order: int, records: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> dict[str, Any]:
     """The summary of a folder of pairs or triplets.
 
-    Random pairs are listed apart, so that no choice of triplets takes their features for a pathway's.
+    Random ones are listed apart, so that no choice of triplets takes their features for a pathway's.
     """
     kind = KINDS[order]
     key = RATIO[order]
+    records = [{name: value for name, value in record.items() if name != TESTS} for record in records]
     name = "ratio" if order == 2 else "3way_ratio"
     groups = {group: [r for r in records if r[f"{kind}_type"] == group] for group in (SAME, CROSS, RANDOM)}
-    listed = [r for r in records if r[f"{kind}_type"] != RANDOM] if order == 2 else list(records)
+    listed = [r for r in records if r[f"{kind}_type"] != RANDOM]
     summary: dict[str, Any] = {
         f"n_{kind}s": len(listed),
         "n_same_pathway": len(groups[SAME]),
         "n_cross_pathway": len(groups[CROSS]),
     }
-    for group in (SAME, CROSS, RANDOM) if order == 2 else (SAME, CROSS):
+    for group in (SAME, CROSS, RANDOM):
         summary[f"{group}_{name}"] = _median_of(groups[group], key)
         summary[f"{group}_{name}_if_additive"] = _median_of(groups[group], f"{key}_if_additive")
         norms = [norm for r in groups[group] if (norm := norm_ratio(r, LETTERS[:order])) is not None]
         summary[f"{group}_norm_ratio"] = float(statistics.median(norms)) if norms else None
     summary["total_elapsed_min"] = sum(r["elapsed_seconds"] for r in records) / 60
     summary[f"per_{kind}_results"] = listed
-    if order == 2:
-        summary["control_pair_results"] = groups[RANDOM]
+    summary[f"control_{kind}_results"] = groups[RANDOM]
     return {**summary, "config": dict(config), "schema_version": SCHEMA_VERSION}
 
 
@@ -137,7 +174,7 @@ def _median_of(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
 def report_lines(order: int, summary: Mapping[str, Any]) -> Iterable[str]:
     """The summary as text for the terminal, line by line."""
     kind = KINDS[order]
-    records = [*summary[f"per_{kind}_results"], *summary.get("control_pair_results", ())]
+    records = [*summary[f"per_{kind}_results"], *summary[f"control_{kind}_results"]]
     yield f"{len(records)} {kind}s at layer {summary['config'].get('target_layer')}"
     yield "  ratio: size of the joint effect over the sum of the single ones (|Cohen's d|, median over the targets)"
     yield "  additive: the ratio that exactly additive effects of the same cells would give; compare with this, not 1"

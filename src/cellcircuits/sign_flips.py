@@ -87,7 +87,7 @@ class SignedSums:
             For every target, how many vectors give a |sum| of at least the observed one, (n_targets,); for every
             vector, how many targets the rule calls an edge, (n_vectors,).
         """
-        observed = self.values.sum(dim=0).abs() - TIE * self.values.abs().sum(dim=0)
+        observed = self._observed()
         once = torch.ones(1, len(self.values), device=self.device)
         limit, bounds = self._limit(once, rule.min_abs_d), self._bounds(once, rule.min_consistency)
         n_as_large = torch.zeros(self.values.shape[1], dtype=torch.int64, device=self.device)
@@ -97,6 +97,14 @@ class SignedSums:
             n_as_large += (sums >= observed).sum(dim=0)
             n_edges.append(((sums > limit) & _is_outside(rows @ self.signs, bounds)).sum(dim=1))
         return n_as_large.cpu().numpy(), torch.cat(n_edges).cpu().numpy()
+
+    def n_as_large(self, flips: Flips) -> NDArray[np.int64]:
+        """The first part of `test`: how many vectors give a |sum| of at least the observed one, (n_targets,)."""
+        observed = self._observed()
+        n_as_large = torch.zeros(self.values.shape[1], dtype=torch.int64, device=self.device)
+        for rows in self._pieces(flips.signs):
+            n_as_large += ((rows @ self.values).abs_() >= observed).sum(dim=0)
+        return n_as_large.cpu().numpy()
 
     def n_edges(self, rows: NDArray[np.integer], rule: EdgeRule) -> NDArray[np.int64]:
         """How many targets the rule calls an edge in each sample: (n_rows, n_cells) -> (n_rows,)."""
@@ -120,6 +128,10 @@ class SignedSums:
             is_large = [sums > limit for limit in limits]
             counts += torch.stack([torch.stack([(a & b).sum() for b in is_consistent]) for a in is_large])
         return counts.cpu().numpy()
+
+    def _observed(self) -> Tensor:
+        """|sum| of the effects as they are, less what rounding may take from an equal one."""
+        return self.values.sum(dim=0).abs() - TIE * self.values.abs().sum(dim=0)
 
     def _pieces(self, rows: NDArray[np.integer]) -> Iterator[Tensor]:
         step = max(1, ELEMENTS_AT_ONCE // max(1, self.values.shape[1]))
