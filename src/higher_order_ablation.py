@@ -20,6 +20,8 @@ from cellcircuits.catalog import UNANNOTATED
 from cellcircuits.cells import CellSelection
 from cellcircuits.combination_stats import AdditivitySettings
 from cellcircuits.combinations import (
+    RANDOM,
+    SAME,
     TRIPLET_LAYERS,
     Combination,
     choose_triplets,
@@ -31,7 +33,7 @@ from cellcircuits.input_counts import inputs_entry, left_out_lines
 from cellcircuits.jsonio import write_json
 from cellcircuits.selection import FEATURES_PER_LAYER, choose_pairs, read_selective_summary
 from cellcircuits.stats import EdgeRule
-from cellcircuits.trace_flags import add_edge_flags, add_sae_run_flag, add_sign_flip_flags
+from cellcircuits.trace_flags import add_edge_flags, add_sae_run_flag, add_sign_flip_flags, sample_size
 
 if TYPE_CHECKING:
     from cellcircuits.inputs import LayerSAE, ModelAndCells
@@ -103,6 +105,17 @@ def _add_choice_flags(group: argparse._ArgumentGroup) -> None:
         help="triplets to choose there, two of them kept for cross-pathway ones (default: %(default)s)",
     )
     group.add_argument(
+        "--n-random-triplets",
+        type=sample_size,
+        default=None,
+        metavar="N",
+        help="random triplets, each with features of the same layers that fire as often and weigh as much as those of "
+        "a chosen same-pathway one; needs the catalogs of the layers (default: one for each; none with --triplets)",
+    )
+    group.add_argument(
+        "--disjoint", action="store_true", help="choose combinations of which no two share a feature (not with a list)"
+    )
+    group.add_argument(
         "--triplet-layers",
         type=cli.layer_list,
         default=TRIPLET_LAYERS,
@@ -138,7 +151,10 @@ def _add_choice_flags(group: argparse._ArgumentGroup) -> None:
         help="features of each pathway and layer, those with most edges, that make pairs (default: %(default)s)",
     )
     group.add_argument(
-        "--pairing-seed", type=int, default=0, help="seed of the draw of control pairs (default: %(default)s)"
+        "--pairing-seed",
+        type=int,
+        default=0,
+        help="seed of the draw of random pairs or triplets (default: %(default)s)",
     )
 
 
@@ -165,6 +181,7 @@ def run(args: argparse.Namespace) -> int:
     ablated = sorted({feature.layer for combination in chosen for feature in combination.features})
     check_target(loaded.model.config.num_hidden_layers, ablated, args.target_layer)
     layers = open_saes(data_root, [*ablated, args.target_layer], args.sae_run, loaded)
+    chosen += random_controls(args, chosen, layers)
     chosen = [with_labels(combination, layers) for combination in chosen]
     opened = open_cells(args, loaded)
     if len(opened.cells.cells) < 2:
@@ -210,8 +227,8 @@ def choose(args: argparse.Namespace) -> tuple[list[Combination], dict[str, Any]]
         raise UserError("--pairs goes with --order 2." if args.pairs else "--triplet-layers: name three layers.")
     if args.pairing_seed < 0:
         raise UserError(f"--pairing-seed is {args.pairing_seed}, but must be at least 0.")
-    if args.order == 2 and args.triplets:
-        raise UserError("--triplets goes with --order 3, the default.")
+    if args.order == 2 and (args.triplets or args.n_random_triplets):
+        raise UserError(f"{'--triplets' if args.triplets else '--n-random-triplets'} goes with --order 3, the default.")
     listed = args.triplets if args.order == 3 else args.pairs
     if listed:
         return read_combinations(listed, args.order), {"chosen_from": str(listed)}
@@ -222,7 +239,9 @@ def choose(args: argparse.Namespace) -> tuple[list[Combination], dict[str, Any]]
                 "variable SAE_PAIR_DIR (make one with --order 2), or your own triplets with --triplets FILE."
             )
         path = args.pair_dir / "summary.json"
-        chosen, notes = choose_triplets(read_pair_summary(path), args.n_triplets, args.triplet_layers)
+        chosen, notes = choose_triplets(
+            read_pair_summary(path), args.n_triplets, args.triplet_layers, disjoint=args.disjoint
+        )
     else:
         if args.selective_dir is None:
             raise UserError(
@@ -231,7 +250,9 @@ def choose(args: argparse.Namespace) -> tuple[list[Combination], dict[str, Any]]
             )
         path = args.selective_dir / "selective_summary.json"
         summary = read_selective_summary(path)
-        chosen, notes = choose_pairs(summary, args.target_layer, args.pairing_seed, args.features_per_layer)
+        chosen, notes = choose_pairs(
+            summary, args.target_layer, args.pairing_seed, args.features_per_layer, disjoint=args.disjoint
+        )
     for note in notes:
         log.warning("Note: %s", note)
     log.info("%d combinations chosen from %s", len(chosen), path)
@@ -251,6 +272,38 @@ def check_target(n_layers: int, ablated: Sequence[int], target: int) -> None:
             f"--target-layer {target}: a combination removes a feature of layer {ablated[-1]}, which is not before it; "
             "choose a later target or other features (--triplet-layers, --triplets, --pairs)."
         )
+
+
+def random_controls(
+    args: argparse.Namespace, chosen: Sequence[Combination], layers: Mapping[int, "LayerSAE"]
+) -> list[Combination]:
+    """Random triplets matched to the chosen same-pathway ones or, where a list names no pathways, to all of them.
+
+    Raises:
+        UserError: they are asked for, and a layer has no catalog.
+    """
+    from cellcircuits.inputs import control_candidates
+    from cellcircuits.triplet_controls import random_triplets
+
+    same = [combination for combination in chosen if combination.kind == SAME]
+    wanted = (0 if args.triplets else len(same)) if args.n_random_triplets is None else args.n_random_triplets
+    if args.order == 2 or not wanted:
+        return []
+    ablated = {feature.layer for combination in chosen for feature in combination.features}
+    bare = [layers[layer].files.catalog for layer in sorted(ablated) if layers[layer].catalog is None]
+    if bare and args.n_random_triplets is None:
+        log.warning("Note: no random triplets, since %s is missing.", bare[0])
+        return []
+    if bare:
+        raise UserError(
+            f"--n-random-triplets: {bare[0]} is missing; make it with prepare_inputs.py --existing-saes, or ask for 0."
+        )
+    catalogs = {layer: control_candidates(layer, layers[layer]) for layer in ablated}
+    sources = same or [combination for combination in chosen if combination.kind != RANDOM]
+    controls, notes = random_triplets(sources, chosen, catalogs, wanted, args.pairing_seed)
+    for note in notes:
+        log.warning("Note: %s", note)
+    return controls
 
 
 def with_labels(combination: Combination, layers: Mapping[int, "LayerSAE"]) -> Combination:
