@@ -3,6 +3,7 @@
 A pure function of the combinations' records. Family of the tests: every live (combination, joint condition, target).
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -55,11 +56,12 @@ def additivity_summary(order: int, records: Sequence[Mapping[str, Any]], config:
         records: of the combinations, in the order to list them.
         config: `n_cells`, `target_layer` and `additivity` of the run's settings.
     """
-    counts = PCounts()
+    counts, denominators = PCounts(), set()
     for record in records:
         for condition in record["additivity"]["conditions"].values():
             numerators, denominator = unpacked(condition["p"])
             counts.add(denominator, numerators)
+            denominators.add(denominator)
     q_values = counts.q_values()
     entries = [_entry(order, record, q_values) for record in records]
     by_name = sorted(entries, key=lambda entry: entry["id"])  # numbers must not depend on the order of the list
@@ -73,7 +75,7 @@ def additivity_summary(order: int, records: Sequence[Mapping[str, Any]], config:
         "target_layer": config["target_layer"],
         "settings": dict(config["additivity"]),
         "definitions": DEFINITIONS,
-        "family": _family(by_name, seed),
+        "family": _family(by_name, seed, 1 / max(denominators) if denominators else None),
         "classes": classes,
         "class_effect": {
             "between": list(CONTRASTS[0]),
@@ -141,7 +143,7 @@ def _published(record: Mapping[str, Any], condition: str) -> tuple[float, float]
     return record["pairwise_ratios"][condition], record["pairwise_ratios_if_additive"][condition]
 
 
-def _family(entries: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+def _family(entries: Sequence[Mapping[str, Any]], seed: int, smallest_p: float | None) -> dict[str, Any]:
     """Interactions over all tests, the share's interval by resampling combinations."""
     total = {
         key: sum(entry[key] for entry in entries)
@@ -165,7 +167,14 @@ def _family(entries: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
             random_state=np.random.default_rng(np.random.SeedSequence([seed, len(tests)])),
         ).confidence_interval
         low, high = float(interval.low), float(interval.high)
-    return {**total, "share": share, "share_low": low, "share_high": high, "reason": reason}
+    bounds = {"share": share, "share_low": low, "share_high": high, "reason": reason}
+    return {**total, **bounds, **_resolution(total["n_tests"], smallest_p)}
+
+
+def _resolution(n_tests: int, smallest_p: float | None) -> dict[str, float | int | None]:
+    """How many tests must reach the smallest p that there is, for any of them to be called."""
+    needed = None if smallest_p is None else max(1, math.ceil(n_tests * smallest_p / MAX_Q))
+    return {"smallest_p": smallest_p, "n_needed_at_smallest_p": needed}
 
 
 def _class(kind: str, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -216,8 +225,8 @@ def _contrast(entries: Sequence[Mapping[str, Any]], pair: tuple[str, str], seed:
     found = {"first": pair[0], "second": pair[1], "n_first": len(first), "n_second": len(second)}
     if min(len(first), len(second)) < FEWEST:
         counted = zip((len(first), len(second)), pair, strict=True)
-        few = " and ".join(f"{n} {kind}" for n, kind in counted if n < FEWEST)
-        why = f"only {few} combinations that share no feature; at least {FEWEST} of each class are needed"
+        there = ", ".join(f"{n} {kind}" for n, kind in counted if n < FEWEST)
+        why = f"combinations that share no feature: {there}; at least {FEWEST} of each class are needed"
         return found | {"statistic": None, "p": None, "reason": why}
     statistic, p = class_test(first, second, np.random.default_rng(np.random.SeedSequence(seed)))
     return found | {"statistic": statistic, "p": p, "reason": None}
