@@ -14,6 +14,7 @@ from cellcircuits.combinations import CROSS, LISTED, RANDOM, SAME
 # Okabe and Ito's colours, told apart by the colour-blind; classes differ in their markers as well
 OBSERVED, ADDITIVE, MEDIAN = "#0072b2", "#b0b0b0", "#1a1a1a"
 CLASSES = {SAME: ("#0072b2", "o"), CROSS: ("#d55e00", "s"), RANDOM: ("#009e73", "D"), LISTED: ("#4d4d4d", "^")}
+LEAST = 0.1  # the axis of the index reaches so far at least, so that small departures look small
 GAP = 1.5  # between classes, in combinations
 
 
@@ -30,14 +31,13 @@ def combination_figure(summary: Mapping[str, Any], additivity: Mapping[str, Any]
     """Two panels from `summary.json` and `additivity.json`."""
     order = additivity["order"]
     kind = KINDS[order]
-    records = [*summary[f"per_{kind}_results"], *summary[f"control_{kind}_results"]]
+    listed, controls = summary[f"per_{kind}_results"], summary[f"control_{kind}_results"]
     figure = Figure(figsize=(13, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
-    ratios_by_order(left, ratio_columns(records, order))
+    ratios_by_order(left, ratio_columns([*listed, *controls] if order == 2 else listed or controls, order))
     indices_by_class(right, additivity)
-    figure.suptitle(
-        f"{len(records)} {kind}s, {additivity['n_cells']} cells, read at layer {additivity['target_layer']}"
-    )
+    n_cells, layer = additivity["n_cells"], additivity["target_layer"]
+    figure.suptitle(f"{len(listed) + len(controls)} {kind}s, {n_cells} cells, read at layer {layer}")
     return figure
 
 
@@ -56,7 +56,7 @@ def ratio_columns(records: Sequence[Mapping[str, Any]], order: int) -> list[Colu
     inside = [[ratio for of_one in values(key) for ratio in of_one.values()] for key in _keys("pairwise_ratios")]
     return [
         Column("order 2\n(pairs inside the triplets)", *inside),
-        Column("order 3", *map(values, _keys("threeway_ratio"))),
+        Column("order 3\n(without the random ones)", *map(values, _keys("threeway_ratio"))),
     ]
 
 
@@ -106,6 +106,8 @@ def indices_by_class(axes: Axes, additivity: Mapping[str, Any]) -> None:
     axes.set_xticks([x for x, _ in ticks], [name for _, name in ticks])
     if not known:
         axes.text(0.5, 0.5, "no index is known", ha="center", transform=axes.transAxes, color="0.4")
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, -LEAST), max(high, LEAST))
     axes.set(ylabel="redundancy index, 95% interval over cells")
     axes.set_title("b  Joint mean effect against the sum: 0 is exactly additive")
     for y, va, text in ((0.98, "top", "above 0: joint effect smaller"), (0.02, "bottom", "below 0: larger")):

@@ -1,0 +1,130 @@
+"""triplet_controls.py and `disjoint`: matched, apart from everything, and the same whatever else is drawn."""
+
+import math
+
+import numpy as np
+import pytest
+
+from cellcircuits.combinations import Combination, ComboFeature, choose_triplets
+from cellcircuits.selection import N_NEAREST, choose_pairs
+from cellcircuits.triplet_controls import Candidate, random_triplets
+
+LAYERS = (0, 5, 11)
+
+
+def catalogs(n: int = 60, seed: int = 0) -> dict[int, dict[int, Candidate]]:
+    rng = np.random.default_rng(seed)
+    pathways = [None, "rna", "ddr", "vesicle"]
+    return {
+        layer: {
+            i: Candidate(
+                ComboFeature(layer, i), float(np.exp(rng.uniform(-5, -1))), float(rng.uniform(0.5, 4)),
+                pathways[rng.integers(4)],
+            )
+            for i in range(n)
+        }
+        for layer in LAYERS
+    }  # fmt: skip
+
+
+def triplet(*indices: int) -> Combination:
+    features = tuple(ComboFeature(layer, i) for layer, i in zip(LAYERS, indices, strict=True))
+    return Combination(features, "rna", "same_pathway")
+
+
+CHOSEN = [triplet(1, 2, 3), triplet(1, 4, 3), triplet(7, 8, 9)]
+
+
+def names(combinations: list[Combination]) -> list[str]:
+    return [feature.name for one in combinations for feature in one.features]
+
+
+class TestRandomTriplets:
+    def test_share_no_feature_and_no_pathway(self) -> None:
+        known = catalogs()
+        controls, notes = random_triplets(CHOSEN, CHOSEN, known, 3, 0)
+        assert len(controls) == 3 and not notes
+        assert len(set(names(controls))) == 9 and not set(names(controls)) & set(names(CHOSEN))
+        for control in controls:
+            assert control.kind == "random" and [f.layer for f in control.features] == list(LAYERS)
+            found = [known[f.layer][f.index].pathway for f in control.features]
+            assert len([p for p in found if p]) == len({p for p in found if p})
+
+    def test_are_among_the_nearest_in_frequency_and_norm(self) -> None:
+        known = catalogs()
+        (control,), _ = random_triplets(CHOSEN[:1], CHOSEN, known, 1, 0)
+        for feature, original in zip(control.features, CHOSEN[0].features, strict=True):
+            model = known[feature.layer][original.index]
+
+            def off(x: Candidate, model: Candidate = model) -> float:
+                return abs(math.log(x.activation_freq / model.activation_freq)) + abs(
+                    math.log(x.ablated_norm / model.ablated_norm)
+                )
+
+            free = [x for x in known[feature.layer].values() if x.feature.name not in names(CHOSEN)]
+            nearer = sum(off(x) < off(known[feature.layer][feature.index]) for x in free)
+            taken_out = sum(x.pathway is not None for x in free)  # a pathway may be taken by the other features
+            assert nearer < N_NEAREST + taken_out
+        lone = known[0][1]
+        assert lone.distance(Candidate(lone.feature, lone.activation_freq, None, None)) == 0
+
+    def test_are_the_same_again_and_other_with_another_seed(self) -> None:
+        known = catalogs()
+        one, again, other = (random_triplets(CHOSEN, CHOSEN, known, 3, seed)[0] for seed in (0, 0, 1))
+        assert one == again != other
+        fewer, _ = random_triplets(CHOSEN, CHOSEN, known, 1, 0)
+        assert fewer == one[:1]
+
+    def test_several_rounds_and_what_cannot_be_drawn(self) -> None:
+        controls, notes = random_triplets(CHOSEN[:1], CHOSEN, catalogs(), 5, 0)
+        assert len({control.name for control in controls}) == 5 and not notes
+        controls, notes = random_triplets(CHOSEN, CHOSEN, catalogs(n=12), 30, 0)
+        assert len(controls) <= 8 and "of 30 wanted" in notes[0]
+        assert random_triplets(CHOSEN, CHOSEN, {}, 2, 0)[0] == []
+        assert random_triplets([], CHOSEN, catalogs(), 2, 0)[0] == []
+
+    def test_features_that_hardly_fire_are_left_out(self) -> None:
+        known = catalogs(n=30)
+        quiet = {i: Candidate(x.feature, 1e-5, x.ablated_norm, x.pathway) for i, x in known[5].items() if i > 8}
+        assert random_triplets(CHOSEN, CHOSEN, known | {5: known[5] | quiet}, 3, 0)[0] == [] or all(
+            f.index <= 8
+            for c in random_triplets(CHOSEN, CHOSEN, known | {5: known[5] | quiet}, 3, 0)[0]
+            for f in c.features
+            if f.layer == 5
+        )
+
+
+def pair_list() -> list[Combination]:
+    """Pathways with three features a layer, each in every pair within its pathway."""
+    found = []
+    for number, pathway in enumerate(("ddr", "mitosis", "vesicle", "signaling")):
+        features = [ComboFeature(layer, 10 * number + i, n_edges=9 - i) for layer in LAYERS for i in range(3)]
+        found += [Combination((a, b), pathway, "same_pathway") for a in features for b in features if a.layer < b.layer]
+    return found
+
+
+def test_disjoint_triplets_share_no_feature() -> None:
+    published, _ = choose_triplets(pair_list(), 14)
+    assert len(set(names(published))) < len(names(published))
+    chosen, _ = choose_triplets(pair_list(), 14, disjoint=True)
+    assert len(set(names(chosen))) == len(names(chosen)) == 3 * len(chosen)
+    assert len(chosen) == 12  # three of each pathway, which leaves none for cross-pathway ones
+    fewer, _ = choose_triplets(pair_list(), 6, disjoint=True)
+    assert [one.kind for one in fewer].count("cross_pathway") == 2 and len(set(names(fewer))) == 18
+    assert chosen[0] == published[0]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_disjoint_pairs_share_no_feature(seed: int) -> None:
+    features = [
+        {"layer": layer, "idx": i, "label": "x", "n_edges": i, "activation_freq": 0.01 * (1 + i),
+         "pathway": ["ddr", "rna", "vesicle", None][i % 4]}
+        for layer in LAYERS for i in range(24)
+    ]  # fmt: skip
+    summary = {"features": features, "pathways": {}}
+    published, _ = choose_pairs(summary, 17, seed, 2)
+    assert len(set(names(published))) < len(names(published))
+    chosen, _ = choose_pairs(summary, 17, seed, 2, disjoint=True)
+    assert len(set(names(chosen))) == len(names(chosen))
+    kinds = [one.kind for one in chosen]
+    assert kinds.count("same_pathway") >= 6 and kinds.count("cross_pathway") >= 3 and kinds.count("random") >= 3
