@@ -187,7 +187,7 @@ def coverage_rows(quick: bool) -> Iterator[dict[str, Any]]:
 
 def class_rows(quick: bool) -> Iterator[dict[str, Any]]:
     """Two classes whose index has one skewed distribution: how often the class effect has p < 0.05."""
-    repeats = 200 if quick else 2000
+    repeats = 60 if quick else 2000
     for n_first, n_second in ((4, 4), (8, 8), (5, 20)):
         rng, n_small = np.random.default_rng(5), 0
         for _ in range(repeats):
