@@ -133,7 +133,8 @@ def planted_rows(quick: bool) -> Iterator[dict[str, Any]]:
         yield row(
             "AND (only both move it): power", n_cells, np.mean(power), f"at least {least}", np.mean(power) >= least
         )
-        yield row("AND: false discoveries", n_cells, np.mean(false), "at most 0.05", np.mean(false) < 0.05 + 0.03)
+        limit = 0.05 + 2.6 * 0.04 / np.sqrt(repeats)  # the share scatters by 0.04 from one to the next
+        yield row("AND: false discoveries", n_cells, np.mean(false), "at most 0.05", np.mean(false) <= limit)
         yield row("AND: called synergy", n_cells, np.mean(above), "1", np.mean(above) > 0.99)
         singles = rng.normal(1.0, 0.5, (n_cells, 2, n_targets))
         answer = tested(*combination(singles, largest, 0.2, rng), 2, 0)

@@ -285,7 +285,8 @@ def random_controls(
     from cellcircuits.inputs import control_candidates
     from cellcircuits.triplet_controls import random_triplets
 
-    same = [combination for combination in chosen if combination.kind == SAME]
+    distinct = {combination.name: combination for combination in chosen}.values()  # one of two pathways is there twice
+    same = [combination for combination in distinct if combination.kind == SAME]
     wanted = (0 if args.triplets else len(same)) if args.n_random_triplets is None else args.n_random_triplets
     if args.order == 2 or not wanted:
         return []
@@ -299,7 +300,7 @@ def random_controls(
             f"--n-random-triplets: {bare[0]} is missing; make it with prepare_inputs.py --existing-saes, or ask for 0."
         )
     catalogs = {layer: control_candidates(layer, layers[layer]) for layer in ablated}
-    sources = same or [combination for combination in chosen if combination.kind != RANDOM]
+    sources = same or [combination for combination in distinct if combination.kind != RANDOM]
     controls, notes = random_triplets(sources, chosen, catalogs, wanted, args.pairing_seed)
     for note in notes:
         log.warning("Note: %s", note)

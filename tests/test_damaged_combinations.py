@@ -40,7 +40,7 @@ DAMAGES = [
 ]  # fmt: skip
 
 
-def tests_of(out_dir: Path) -> dict:
+def said_of_additivity(out_dir: Path) -> dict:
     """What the record that is damaged below says about additivity."""
     return json.loads(next(out_dir.glob("triplet_L1_F0_*.json")).read_text())["additivity"]
 
@@ -54,7 +54,7 @@ def test_damaged_tests_are_not_counted(
     finished_triplets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str, value: Any
 ):
     out_dir = shutil.copytree(finished_triplets, tmp_path / "out")
-    tested = tests_of(out_dir)
+    tested = said_of_additivity(out_dir)
     if value == "swap":  # whole, but of another number of targets
         tested["n_live_targets"] -= 1
     elif value == {"denominator": 0}:
@@ -149,7 +149,8 @@ def test_a_triplet_of_two_pathways_is_measured_once(
         lambda self, combination, *rest: (measured.append(combination), honest(self, combination, *rest)),
     )
     for _ in range(2):
-        assert script.main([*arguments, "--pair-dir", str(tmp_path), "--triplet-layers", "1,2,4"]) == 0
+        more = ["--pair-dir", str(tmp_path), "--triplet-layers", "1,2,4", "--n-random-triplets", "0"]
+        assert script.main([*arguments, *more]) == 0
         summary = json.loads((tmp_path / "out" / "summary.json").read_text())
         assert [entry["pathway"] for entry in summary["per_triplet_results"]] == ["ddr"]
     assert len(measured) == 1 and "two pathways" in caplog.text

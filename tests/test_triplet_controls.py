@@ -1,13 +1,18 @@
 """triplet_controls.py and `disjoint`: matched, apart from everything, and the same whatever else is drawn."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import higher_order_ablation as script
 from cellcircuits.combinations import Combination, ComboFeature, choose_triplets
 from cellcircuits.selection import N_NEAREST, choose_pairs
 from cellcircuits.triplet_controls import Candidate, random_triplets
+from conftest import Study
+from test_higher_order_script import flags, listed, refusal
 
 LAYERS = (0, 5, 11)
 
@@ -124,3 +129,65 @@ def test_disjoint_pairs_share_no_feature(seed: int) -> None:
     assert len(set(names(chosen))) == len(names(chosen))
     kinds = [one.kind for one in chosen]
     assert kinds.count("same_pathway") >= 6 and kinds.count("cross_pathway") >= 3 and kinds.count("random") >= 3
+
+
+class TestScript:
+    """Controls beside the chosen triplets of a run, listed apart."""
+
+    @pytest.fixture
+    def arguments(self, study: Study, tmp_path: Path) -> list[str]:
+        """Triplets of two pathways, chosen from a summary of pairs."""
+        features = [{"layer": layer, "idx": i, "label": "x", "n_edges": 9 - i} for i in (1, 2) for layer in (1, 2, 4)]
+        pairs = [
+            {"pathway": ["rna", "ddr"][i], "pair_type": "same_pathway", "feature_A": a, "feature_B": b}
+            for i in range(2)
+            for a, b in (features[3 * i : 3 * i + 2], features[3 * i + 1 : 3 * i + 3])
+        ]
+        (tmp_path / "summary.json").write_text(json.dumps({"per_pair_results": pairs}))
+        bare = [a for a in flags(study, tmp_path / "out") if a != "--triplets" and not a.endswith("order3.txt")]
+        return [*bare, "--n-cells", "3", "--pair-dir", str(tmp_path), "--triplet-layers", "1,2,4"]
+
+    @pytest.mark.parametrize(("more", "n_controls"), [([], 2), (["--n-random-triplets", "3"], 3)])
+    def test_are_listed_apart(self, arguments: list[str], tmp_path: Path, more: list[str], n_controls: int) -> None:
+        assert script.main([*arguments, *more]) == 0
+        summary, additivity = (
+            json.loads((tmp_path / "out" / f"{x}.json").read_text()) for x in ("summary", "additivity")
+        )
+        assert summary["n_triplets"] == 2 == summary["n_same_pathway"] == len(summary["per_triplet_results"])
+        controls = summary["control_triplet_results"]
+        assert len(controls) == n_controls and {entry["triplet_type"] for entry in controls} == {"random"}
+        assert additivity["classes"]["random"]["n_disjoint"] == n_controls
+        entries = additivity["combinations"]
+        assert [entry["kind"] for entry in entries] == ["same_pathway"] * 2 + ["random"] * n_controls
+        used = [feature for entry in entries for feature in entry["features"]]
+        assert len(set(used)) == len(used)
+        before = (tmp_path / "out" / "additivity.json").read_bytes()
+        assert script.main(["--analysis-only", "--out-dir", str(tmp_path / "out")]) == 0
+        assert (tmp_path / "out" / "additivity.json").read_bytes() == before
+
+    def test_a_list_has_none_unless_they_are_asked_for(self, study: Study, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        named = [
+            *flags(study, out),
+            "--n-cells",
+            "3",
+            "--triplets",
+            str(listed(tmp_path / "x", [((1, 1), (2, 2), (4, 5))])),
+        ]
+        for more, n_controls in (([], 0), (["--n-random-triplets", "2"], 2)):
+            assert script.main([*named, *more]) == 0
+            summary = json.loads((out / "summary.json").read_text())
+            assert len(summary["control_triplet_results"]) == n_controls and summary["n_triplets"] == 1
+
+    def test_need_catalogs_where_they_are_asked_for(
+        self, arguments: list[str], study: Study, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for path in study.data_root.glob("sae_models/layer02*/feature_catalog.json"):
+            path.unlink()
+        sentence = refusal(capsys, script.main([*arguments, "--n-random-triplets", "1"]))
+        assert "layer02" in sentence and "feature_catalog.json is missing" in sentence
+        assert script.main([*arguments, "--check"]) == 0 and "no random triplets" in caplog.text
+
+    def test_go_with_order_3(self, study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        sentence = refusal(capsys, script.main([*flags(study, tmp_path / "out", 2), "--n-random-triplets", "1"]))
+        assert "--n-random-triplets goes with --order 3" in sentence

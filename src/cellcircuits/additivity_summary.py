@@ -226,7 +226,7 @@ def _contrast(entries: Sequence[Mapping[str, Any]], pair: tuple[str, str], seed:
     if min(len(first), len(second)) < FEWEST:
         counted = zip((len(first), len(second)), pair, strict=True)
         there = ", ".join(f"{n} {kind}" for n, kind in counted if n < FEWEST)
-        why = f"combinations that share no feature: {there}; at least {FEWEST} of each class are needed"
+        why = f"too few combinations that share no feature ({there}); at least {FEWEST} of each class are needed"
         return found | {"statistic": None, "p": None, "reason": why}
     statistic, p = class_test(first, second, np.random.default_rng(np.random.SeedSequence(seed)))
     return found | {"statistic": statistic, "p": p, "reason": None}
