@@ -36,6 +36,7 @@ DAMAGES = [
     {"threeway_ratio": "0.5"}, {"threeway_ratio": None}, {"threeway_ratio": float("nan")},
     {"higher_order_interaction_median": float("inf")}, {"triplet_id": ["L1_F0"]}, {"triplet_id": "L1_F0"},
     {"pathway": ...}, {"triplet_type": ...}, {"fingerprint": ...}, {"additivity": ...}, {"additivity": []},
+    {"feature_B": {}}, {"pairwise_ratios_if_additive": {}},
     {"additivity": {"n_cells": 8, "n_live_targets": 3, "conditions": {}}},
 ]  # fmt: skip
 
@@ -48,7 +49,7 @@ def said_of_additivity(out_dir: Path) -> dict:
 @pytest.mark.parametrize(
     ("key", "value"),
     [("p", {"denominator": 128, "numerators": "no base64"}), ("p", {"denominator": 128, "numerators": "AAAA"}),
-     ("p", {"denominator": 0}), ("direction", None), ("redundancy_index", "0.1"), ("strongest", [{}]), ("p", "swap")],
+     ("p", {"denominator": 0}), ("p", {"denominator": 10**30}), ("direction", None), ("projection", ...), ("reason", ...), ("redundancy_index", "0.1"), ("strongest", [{}]), ("p", "swap")],
 )  # fmt: skip
 def test_damaged_tests_are_not_counted(
     finished_triplets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str, value: Any
@@ -57,8 +58,10 @@ def test_damaged_tests_are_not_counted(
     tested = said_of_additivity(out_dir)
     if value == "swap":  # whole, but of another number of targets
         tested["n_live_targets"] -= 1
-    elif value == {"denominator": 0}:
+    elif isinstance(value, dict) and len(value) == 1:
         tested["conditions"]["AB"][key] |= value
+    elif value is ...:
+        del tested["conditions"]["AB"][key]
     else:
         tested["conditions"]["AB"][key] = value
     edited(out_dir, "triplet_L1_F0_*.json", additivity=tested)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.stats import bootstrap, false_discovery_control, permutation_test
 
 from cellcircuits.additivity import REDUNDANCY, SYNERGY
-from cellcircuits.combination_results import KINDS, RATIO, feature_names
+from cellcircuits.combination_results import INDEX_KEYS, KINDS, feature_names, published_ratios
 from cellcircuits.combinations import CROSS, LETTERS, RANDOM, SAME
 from cellcircuits.edge_fdr import MAX_Q, PCounts, QValues, unpacked
 
@@ -21,11 +21,6 @@ CLASSES = (SAME, CROSS, RANDOM)
 CONTRASTS = ((SAME, RANDOM), (SAME, CROSS), (CROSS, RANDOM))  # the first is the class effect
 FEWEST = 3  # combinations of a class, to say anything about it
 N_PERMUTATIONS, N_RESAMPLES = 9_999, 2_000
-INDEX_KEYS = (
-    *(f"{name}{end}" for name in ("redundancy_index", "projection") for end in ("", "_low", "_high")),
-    "redundancy_index_plug_in",
-    "reason",
-)
 DEFINITIONS = {
     "effects": "change of a target's latent, averaged over the positions where any feature of the combination is "
     "active, the same cells and positions for every condition",
@@ -108,7 +103,7 @@ def _entry(order: int, record: Mapping[str, Any], q_values: QValues) -> dict[str
         "features": feature_names(record),
         "n_cells": tested["n_cells"],
         "n_live_targets": tested["n_live_targets"],
-        **{key: full[key] for key in (*INDEX_KEYS, "published_ratio", "published_ratio_if_additive")},
+        **{key: full[key] for key in (*INDEX_KEYS, "reason", "published_ratio", "published_ratio_if_additive")},
         **counted,
         "conditions": conditions,
     }
@@ -120,9 +115,9 @@ def _condition(record: Mapping[str, Any], name: str, condition: Mapping[str, Any
     bh, by = q_values.of(numerators / denominator)
     called = bh < MAX_Q
     strong_q, _ = q_values.of(np.array([strong["p"] for strong in condition["strongest"]]))
-    ratio, if_additive = _published(record, name)
+    ratio, if_additive = published_ratios(record, name)
     return {
-        **{key: condition[key] for key in INDEX_KEYS},
+        **{key: condition[key] for key in (*INDEX_KEYS, "reason")},
         "n_tests": len(numerators),
         "n_changed": condition["n_changed"],
         "n_interactions": int(called.sum()),
@@ -133,14 +128,6 @@ def _condition(record: Mapping[str, Any], name: str, condition: Mapping[str, Any
         "published_ratio_if_additive": if_additive,
         "strongest": [s | {"q": float(q)} for s, q in zip(condition["strongest"], strong_q, strict=True)],
     }
-
-
-def _published(record: Mapping[str, Any], condition: str) -> tuple[float, float]:
-    """The study's ratio of a condition, and what exactly additive effects give."""
-    order = 3 if RATIO[3] in record else 2
-    if len(condition) == order:
-        return record[RATIO[order]], record[f"{RATIO[order]}_if_additive"]
-    return record["pairwise_ratios"][condition], record["pairwise_ratios_if_additive"][condition]
 
 
 def _family(entries: Sequence[Mapping[str, Any]], seed: int, smallest_p: float | None) -> dict[str, Any]:
@@ -273,17 +260,21 @@ def additivity_lines(content: Mapping[str, Any]) -> Iterable[str]:
         )
         yield (
             f"    its 95% interval over the cells is above 0 (redundancy) for {redundant} {kind}s, below 0 (synergy) "
-            f"for {synergistic}"
+            f"for {synergistic}; about {0.025 * len(known):.0f} of each would be by chance"
         )
     else:
         yield f"    no {kind} has a redundancy index: {_first_reason(content)}"
     if family["share"] is not None:
         bounds = (family["share_low"], family["share_high"])
         interval = "" if None in bounds else f", {100 * bounds[0]:.2f} to {100 * bounds[1]:.2f}%"
+        which = f"{family['n_redundancy']} make the sum smaller, {family['n_synergy']} larger"
+        if not family["n_interactions"]:
+            which = (
+                f"{family['n_needed_at_smallest_p']} with the smallest p, {family['smallest_p']:.2g}, would be needed"
+            )
         yield (
             f"    interactions at a false discovery rate of 5%: {family['n_interactions']} of {family['n_tests']} "
-            f"tests ({100 * family['share']:.2f}%{interval}); {family['n_redundancy']} make the sum smaller, "
-            f"{family['n_synergy']} larger"
+            f"tests ({100 * family['share']:.2f}%{interval}); {which}"
         )
     if effect["p"] is None:
         yield f"    same-pathway against matched random {kind}s: {effect['reason']}"

@@ -20,7 +20,11 @@ log = logging.getLogger(__name__)
 KINDS = {2: "pair", 3: "triplet"}
 RATIO = {2: "ratio_median", 3: "threeway_ratio"}
 TESTS = "additivity"  # what a record holds for additivity.json
-MAX_TARGETS = 1 << 24
+INDEX_KEYS = (  # of every joint condition there
+    *(f"{name}{end}" for name in ("redundancy_index", "projection") for end in ("", "_low", "_high")),
+    "redundancy_index_plug_in",
+)
+MAX_TARGETS, MAX_DENOMINATOR = 1 << 24, 1 << 28
 
 
 def record_path(out_dir: Path, combination: Combination) -> Path:
@@ -73,7 +77,7 @@ def read_record(path: Path, fingerprint: str) -> dict[str, Any] | None:
         # all that the summary needs of it
         json.dumps([content, content["elapsed_seconds"] / 60], allow_nan=False)
         _row(order, content)
-        _require_tests(order, content[TESTS])
+        _require_tests(order, content)
     except (UserError, KeyError, TypeError, ValueError, AttributeError, zlib.error):
         is_whole = False
     if not is_whole:
@@ -82,28 +86,49 @@ def read_record(path: Path, fingerprint: str) -> dict[str, Any] | None:
     return content
 
 
-def _require_tests(order: int, tested: Mapping[str, Any]) -> None:
-    """Check the part of a record that `additivity_summary` needs.
+def _require_tests(order: int, record: Mapping[str, Any]) -> None:
+    """Check what `additivity_summary` needs of a record.
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError, zlib.error: it is damaged.
     """
     wanted = {"".join(letters) for size in range(2, order + 1) for letters in combinations(LETTERS[:order], size)}
+    tested = record[TESTS]
     n_live = tested["n_live_targets"]
     if tested["conditions"].keys() != wanted or not 0 <= n_live <= MAX_TARGETS or type(tested["n_cells"]) is not int:
         raise ValueError("other conditions or numbers")
-    for condition in tested["conditions"].values():
+    feature_names(record)
+    for name, condition in tested["conditions"].items():
         for packed in (condition["p"], condition["direction"]):
-            raw = zlib.decompressobj().decompress(base64.b64decode(packed["numerators"]), 4 * n_live + 1)
-            numbers = array("i", raw)
-            if len(numbers) != n_live or not 0 <= min(numbers, default=0) <= max(numbers, default=0) <= int(
-                packed["denominator"]
-            ):
-                raise ValueError("damaged tests")
-        ends = [condition[key] for key in ("redundancy_index", "redundancy_index_low", "redundancy_index_high")]
-        if not all(end is None or isinstance(end, float) for end in ends):
-            raise ValueError("damaged index")
-        float(condition["n_changed"]), [float(strong["p"]) for strong in condition["strongest"]]
+            _require_packed(packed, n_live)
+        numbers = [*(condition[key] for key in INDEX_KEYS), *published_ratios(record, name)]
+        if not all(number is None or isinstance(number, float) for number in numbers):
+            raise ValueError("damaged numbers")
+        n_changed, p = condition["n_changed"], [strong["p"] for strong in condition["strongest"]]
+        if type(n_changed) is not int or not all(0 <= one <= 1 for one in p) or "reason" not in condition:
+            raise ValueError("damaged tests")
+
+
+def _require_packed(packed: Mapping[str, Any], n_numbers: int) -> None:
+    """Check packed fractions, as `edge_fdr.packed` makes them.
+
+    Raises:
+        ValueError, KeyError, TypeError, zlib.error: they are damaged, or so many they are not.
+    """
+    raw = zlib.decompressobj().decompress(base64.b64decode(packed["numerators"]), 4 * n_numbers + 1)
+    numbers, denominator = array("i", raw), packed["denominator"]
+    if type(denominator) is not int or not 0 < denominator <= MAX_DENOMINATOR or len(numbers) != n_numbers:
+        raise ValueError("another denominator or number")
+    if not 0 <= min(numbers, default=0) <= max(numbers, default=0) <= denominator:
+        raise ValueError("no fractions")
+
+
+def published_ratios(record: Mapping[str, Any], condition: str) -> tuple[float, float]:
+    """The study's ratio of a joint condition, and what exactly additive effects give."""
+    order = 3 if RATIO[3] in record else 2
+    if len(condition) == order:
+        return record[RATIO[order]], record[f"{RATIO[order]}_if_additive"]
+    return record["pairwise_ratios"][condition], record["pairwise_ratios_if_additive"][condition]
 
 
 def feature_names(record: Mapping[str, Any]) -> list[str]:
