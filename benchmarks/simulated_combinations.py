@@ -15,25 +15,26 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import false_discovery_control
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from cellcircuits.additivity import combination_additivity
-from cellcircuits.additivity_summary import class_test
+from cellcircuits.additivity_summary import class_test, fractions
 from cellcircuits.combination_stats import (
     AdditivitySettings,
     CombinationEffects,
     combination_statistics,
     conditions,
 )
-from cellcircuits.edge_fdr import MAX_Q, PCounts, unpacked
+from cellcircuits.edge_fdr import MAX_Q, unpacked
 from cellcircuits.joint import ROUNDING
 from cellcircuits.redundancy import redundancy
 from cellcircuits.stats import EdgeRule
 
 N_CELLS = (8, 10, 20, 50)
 EPSILON = float(np.finfo(np.float32).eps)
-SETTINGS = AdditivitySettings(n_draws=10_000, n_resamples=1_000)
+SETTINGS = AdditivitySettings(n_resamples=1_000, n_refined=20_000)
 Joint = Callable[[NDArray[np.float64], tuple[int, ...]], NDArray[np.float64]]  # single effects, members -> joint ones
 
 
@@ -78,10 +79,7 @@ def tested(effects: CombinationEffects, rounding: NDArray[np.float64], order: in
 
 def called(answer: dict[str, Any], condition: str) -> NDArray[np.bool_]:
     """Which live targets have an interaction, over the tests of one combination and condition."""
-    numerators, denominator = unpacked(answer["conditions"][condition]["p"])
-    counts = PCounts()
-    counts.add(denominator, numerators)
-    return counts.q_values().of(numerators / denominator)[0] < MAX_Q
+    return false_discovery_control(np.divide(*fractions(answer["conditions"][condition]))) < MAX_Q
 
 
 def row(what: str, n_cells: int, found: float, expected: str, is_right: bool) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from scipy.stats import permutation_test
 import reference_combinations as slow
 import test_additive_toy as toys
 from cellcircuits.additivity import above_rounding, combination_additivity
+from cellcircuits.additivity_summary import fractions
 from cellcircuits.combination_stats import AdditivitySettings, CombinationEffects, condition_name, conditions
 from cellcircuits.combination_stats import interaction as by_inclusion_and_exclusion
 from cellcircuits.edge_fdr import unpacked
 from cellcircuits.joint import ROUNDING, JointBench
 from test_joint_reference import CASES, Case, slow_case
 
-SETTINGS = AdditivitySettings(n_draws=500, n_resamples=300)
+SETTINGS = AdditivitySettings(n_draws=500, n_resamples=300, n_refined=3_000)
 CPU = torch.device("cpu")
 
 
@@ -145,12 +146,13 @@ def test_draws_depend_on_the_features_the_condition_and_the_seed_only() -> None:
     effects = synthetic(lambda x: x.sum(axis=1) + noise)
 
     def answer(features=((0, 1), (1, 2)), seed: int = 0) -> dict:
-        settings = AdditivitySettings(seed, 500, 300)
+        settings = AdditivitySettings(seed, 500, 300, 3_000)
         return combination_additivity(effects, np.zeros((14, 20)), features, settings, CPU)["conditions"]["AB"]
 
     assert answer() == answer()
     for other in (answer(((0, 1), (1, 3))), answer(seed=1)):
-        assert other["p"] != answer()["p"] and other["redundancy_index"] == answer()["redundancy_index"]
+        assert np.divide(*fractions(other)).tolist() != np.divide(*fractions(answer())).tolist()
+        assert other["redundancy_index"] == answer()["redundancy_index"]
         assert other["redundancy_index_low"] != answer()["redundancy_index_low"]
 
 
@@ -181,3 +183,26 @@ def test_rounding_counts_per_cell_and_condition() -> None:
     kept = above_rounding(union, (0, 1), np.ones((2, 3)))
     np.testing.assert_array_equal(kept, [[0, 4.1, -4.1], [-4.1, 0, 9.0]])
     assert condition_name((0, 1)) == "AB"
+
+
+@pytest.mark.parametrize(("n_cells", "n_refined"), [(14, 30_000), (14, 0), (12, 30_000)])
+def test_small_p_are_refined(n_cells: int, n_refined: int) -> None:
+    """Against the complete list of sign vectors; targets from no interaction to one in every cell."""
+    rng = np.random.default_rng(5)
+    shift = np.linspace(0, 3, 20)
+    effects = synthetic(lambda x: x.sum(axis=1) + rng.normal(shift, 1.0, (n_cells, 20)), n_cells)
+    settings = AdditivitySettings(0, 1_000, 100, n_refined)
+    features = ((0, 1), (1, 2))
+    condition = combination_additivity(effects, np.zeros((n_cells, 20)), features, settings, CPU)["conditions"]["AB"]
+    p = np.divide(*fractions(condition))
+    between = effects.union[:, 2] - effects.union[:, :2].sum(axis=1)
+    signs = 1 - 2 * ((np.arange(2**n_cells)[:, None] >> np.arange(n_cells)) & 1)
+    exact = (abs(signs @ between) >= abs(between.sum(axis=0)) * (1 - 1e-9)).mean(axis=0)
+    assert exact.min() < 1e-3 < exact.max()
+    n_small = len(unpacked(condition["p_refined"])[0])
+    if n_cells <= 12:
+        assert n_small == 0 and p == pytest.approx(exact)
+        return
+    n_vectors = np.where(p <= 12 / 1_001, 1_001 + n_refined, 1_001)
+    assert (abs(p - exact) <= 5 * np.sqrt(exact / n_vectors) + 2 / n_vectors).all()
+    assert (n_small > 3) == (n_refined > 0) and (p.min() < 1 / 1_001) == (n_refined > 0)

@@ -11,7 +11,14 @@ from scipy.stats import false_discovery_control
 
 from cellcircuits.additivity import combination_additivity
 from cellcircuits.additivity_figures import combination_figure
-from cellcircuits.additivity_summary import CLASSES, additivity_lines, additivity_summary, class_test, disjoint
+from cellcircuits.additivity_summary import (
+    CLASSES,
+    additivity_lines,
+    additivity_summary,
+    class_test,
+    disjoint,
+    fractions,
+)
 from cellcircuits.combination_results import summarise
 from cellcircuits.combination_stats import (
     AdditivitySettings,
@@ -20,11 +27,10 @@ from cellcircuits.combination_stats import (
     condition_name,
     conditions,
 )
-from cellcircuits.edge_fdr import unpacked
 from cellcircuits.stats import EdgeRule
 
 CPU = torch.device("cpu")
-SETTINGS = AdditivitySettings(n_draws=400, n_resamples=200)
+SETTINGS = AdditivitySettings(n_draws=400, n_resamples=200, n_refined=2_000)
 CONFIG = {"n_cells": 14, "target_layer": 9, "additivity": SETTINGS.record()}
 
 
@@ -66,7 +72,7 @@ def test_the_family_is_every_live_target_of_every_condition(four_each: list[dict
     for order, records in ((2, four_each), (3, triplets)):
         content = additivity_summary(order, records, CONFIG)
         p = np.concatenate(
-            [np.divide(*unpacked(of_one["p"])) for r in records for of_one in r["additivity"]["conditions"].values()]
+            [np.divide(*fractions(of_one)) for r in records for of_one in r["additivity"]["conditions"].values()]
         )
         q, strict = (false_discovery_control(p, method=method) for method in ("bh", "by"))
         family = content["family"]
@@ -84,8 +90,8 @@ def test_the_family_is_every_live_target_of_every_condition(four_each: list[dict
         names = [condition_name(s) for s in conditions(order) if len(s) > 1]
         assert list(content["combinations"][0]["conditions"]) == names
         json.dumps(content, allow_nan=False)
-    assert family["smallest_p"] == 2.0**-11  # of the triplet with 12 cells; drawn vectors give 1/401
-    assert family["n_needed_at_smallest_p"] == int(np.ceil(len(p) * 2.0**-11 / 0.05))
+    assert family["smallest_p"] == 1 / 2_401  # of the triplet with 15 cells, whose vectors are drawn
+    assert family["n_needed_at_smallest_p"] == int(np.ceil(len(p) / 2_401 / 0.05))
 
 
 def test_ratios_of_a_condition_are_the_study_s(four_each: list[dict]) -> None:

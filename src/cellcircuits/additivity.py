@@ -10,6 +10,7 @@ the same in every cell: an interaction within `JointBench`'s bound on rounding c
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from cellcircuits.combination_stats import (
+    REDUNDANCY,
+    SYNERGY,
     AdditivitySettings,
     CombinationEffects,
     Condition,
@@ -26,10 +29,10 @@ from cellcircuits.combination_stats import (
 )
 from cellcircuits.edge_fdr import packed
 from cellcircuits.redundancy import redundancy
-from cellcircuits.sign_flips import Flips, SignedSums, flips_of
+from cellcircuits.sign_flips import SignedSums, flips_of
 
 N_STRONGEST = 10
-SYNERGY, REDUNDANCY = 1, 2  # how an interaction changes the size of the sum of the single effects
+FEW, ROUND = 10, 10_000  # sign vectors that reach a target's sum; those drawn at once
 
 
 def combination_additivity(
@@ -50,8 +53,9 @@ def combination_additivity(
 
     Returns:
         JSON-able: `n_cells`; `n_live_targets` and `live_targets`, those that any condition changes in any cell, packed;
-        and per joint condition the keys of `redundancy`, `p` and `direction` of every live target, packed,
-        `n_changed`, the live targets with an interaction above rounding in some cell, and the `strongest` of them.
+        and per joint condition the keys of `redundancy`, `p`, `p_refined` (see `_Fractions`) and `direction` of every
+        live target, packed, `n_changed`, the live targets with an interaction above rounding in some cell, and the
+        `strongest` of them.
     """
     order = len(features)
     present = effects.measured[:, -1]
@@ -67,10 +71,9 @@ def combination_additivity(
         test_rng, resample_rng = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
         summed = np.sum([union[(i,)] for i in members], axis=0)
         between = above_rounding(union, members, bound)
-        flips = flips_of(len(between), settings.n_draws, test_rng)
         answer[condition_name(members)] = {
             **redundancy(union[members], summed, settings.n_resamples, resample_rng),
-            **_tests(between, union[members], summed, flips, device),
+            **_tests(between, union[members], summed, _p_values(between, settings, test_rng, device)),
         }
         for strong in answer[condition_name(members)]["strongest"]:
             strong["target"] = int(live[strong["target"]])
@@ -94,27 +97,63 @@ def above_rounding(
     return np.where(np.abs(found) > 2 ** len(members) * rounding, found, 0.0)
 
 
-def _tests(
-    between: NDArray[np.float64],
-    joint: NDArray[np.float64],
-    summed: NDArray[np.float64],
-    flips: Flips,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Sign-flip p and direction of every live target, and the strongest interactions by place among these."""
+@dataclass(frozen=True)
+class _Fractions:
+    """P of every live target: `numerators` over `denominator`, or where one is 0 the next of `refined` over its own."""
+
+    numerators: NDArray[np.int64]
+    denominator: int
+    refined: NDArray[np.int64]
+    refined_denominator: int
+
+    def values(self) -> NDArray[np.float64]:
+        """As numbers, (n_live,)."""
+        p = self.numerators / self.denominator
+        p[self.numerators == 0] = self.refined / self.refined_denominator
+        return p
+
+
+def _p_values(
+    between: NDArray[np.float64], settings: AdditivitySettings, rng: np.random.Generator, device: torch.device
+) -> _Fractions:
+    """Two-sided sign-flip p of the mean interaction of every live target.
+
+    No p from `n_draws` vectors is below 1 / (n_draws + 1), too coarse for as many tests as a folder holds. So targets
+    whose |sum| at most `FEW` of them reach are tested by all vectors together, these and `n_refined` more. The test
+    stays valid at every level: for a p under (FEW + 1) / (n_draws + 1) all vectors together must say so, for a larger
+    one the first ones alone.
+    """
     changed = np.flatnonzero((between != 0).any(axis=0))
+    flips = flips_of(len(between), settings.n_draws, rng)
     n_as_large = np.full(between.shape[1], len(flips.signs))  # without any interaction every vector is as large
     if len(changed):
         n_as_large[changed] = SignedSums(between[:, changed], device).n_as_large(flips)
     numerators, denominator = flips.fractions(n_as_large)
+    few = changed[n_as_large[changed] <= FEW]
+    if flips.is_exact or not len(few) or not settings.n_refined:
+        return _Fractions(numerators, denominator, np.zeros(0, dtype=np.int64), 1)
+    sums, refined = SignedSums(between[:, few], device), numerators[few]
+    for start in range(0, settings.n_refined, ROUND):
+        n_drawn = min(ROUND, settings.n_refined - start)
+        refined = refined + sums.n_as_large(flips_of(len(between), n_drawn, rng))
+    numerators[few] = 0
+    return _Fractions(numerators, denominator, refined, denominator + settings.n_refined)
+
+
+def _tests(
+    between: NDArray[np.float64], joint: NDArray[np.float64], summed: NDArray[np.float64], fractions: _Fractions
+) -> dict[str, Any]:
+    """P and direction of every live target, and the strongest interactions by place among these."""
+    changed, p = np.flatnonzero((between != 0).any(axis=0)), fractions.values()
     # of no cells no mean
     means = [x.mean(axis=0) if len(x) else np.zeros(x.shape[1]) for x in (between, joint, summed)]
     mean, mean_joint, mean_sum = means
     larger, smaller = np.abs(mean_sum + mean) > np.abs(mean_sum), np.abs(mean_sum + mean) < np.abs(mean_sum)
-    order = changed[np.lexsort((changed, -np.abs(mean[changed]), numerators[changed]))][:N_STRONGEST]
+    order = changed[np.lexsort((changed, -np.abs(mean[changed]), p[changed]))][:N_STRONGEST]
     return {
         "n_changed": len(changed),
-        "p": packed(numerators, denominator),
+        "p": packed(fractions.numerators, fractions.denominator),
+        "p_refined": packed(fractions.refined, fractions.refined_denominator),
         "direction": packed(SYNERGY * larger + REDUNDANCY * smaller, 2),
         "strongest": [
             {
@@ -122,7 +161,7 @@ def _tests(
                 "mean_interaction": float(mean[j]),
                 "mean_joint": float(mean_joint[j]),
                 "mean_sum": float(mean_sum[j]),
-                "p": float(numerators[j] / denominator),
+                "p": float(p[j]),
             }
             for j in order
         ],

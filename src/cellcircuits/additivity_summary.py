@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import bootstrap, false_discovery_control, permutation_test
 
-from cellcircuits.additivity import REDUNDANCY, SYNERGY
 from cellcircuits.combination_results import INDEX_KEYS, KINDS, feature_names, published_ratios
+from cellcircuits.combination_stats import REDUNDANCY, SYNERGY
 from cellcircuits.combinations import CROSS, LETTERS, RANDOM, SAME
 from cellcircuits.edge_fdr import MAX_Q, PCounts, QValues, unpacked
 
@@ -28,7 +28,7 @@ DEFINITIONS = {
     "combination, and not chosen by significance",
     "interaction": "what a condition's own subsets do not explain, by inclusion and exclusion; 0 in a cell where "
     "rounding alone may have made it; its mean over the cells is tested by sign flips: all of them for up to 12 cells, "
-    "else drawn ones",
+    "else drawn ones, more of them for targets that hardly any reaches",
     "family": "every live (combination, joint condition, target) of this folder; an interaction is called at q < 0.05 "
     "(Benjamini-Hochberg), strictly at q < 0.05 (Benjamini-Yekutieli)",
     "synergy": "the interaction makes the sum of the single effects larger; redundancy: smaller",
@@ -54,9 +54,10 @@ def additivity_summary(order: int, records: Sequence[Mapping[str, Any]], config:
     counts, denominators = PCounts(), set()
     for record in records:
         for condition in record["additivity"]["conditions"].values():
-            numerators, denominator = unpacked(condition["p"])
-            counts.add(denominator, numerators)
-            denominators.add(denominator)
+            numerators, condition_denominators = fractions(condition)
+            for denominator in np.unique(condition_denominators).tolist():
+                counts.add(denominator, numerators[condition_denominators == denominator])
+                denominators.add(denominator)
     q_values = counts.q_values()
     entries = [_entry(order, record, q_values) for record in records]
     by_name = sorted(entries, key=lambda entry: entry["id"])  # numbers must not depend on the order of the list
@@ -85,6 +86,15 @@ def additivity_summary(order: int, records: Sequence[Mapping[str, Any]], config:
     }
 
 
+def fractions(condition: Mapping[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numerators and denominators of the p of a condition's live targets, (n_live,) each."""
+    numerators, denominator = unpacked(condition["p"])
+    refined, refined_denominator = unpacked(condition["p_refined"])
+    is_refined = numerators == 0
+    numerators[is_refined] = refined
+    return numerators, np.where(is_refined, refined_denominator, denominator)
+
+
 def _entry(order: int, record: Mapping[str, Any], q_values: QValues) -> dict[str, Any]:
     """One combination: its index, its interactions, and the same for every joint condition."""
     kind, tested = KINDS[order], record["additivity"]
@@ -110,15 +120,15 @@ def _entry(order: int, record: Mapping[str, Any], q_values: QValues) -> dict[str
 
 
 def _condition(record: Mapping[str, Any], name: str, condition: Mapping[str, Any], q_values: QValues) -> dict[str, Any]:
-    numerators, denominator = unpacked(condition["p"])
+    p = np.divide(*fractions(condition))
     direction, _ = unpacked(condition["direction"])
-    bh, by = q_values.of(numerators / denominator)
+    bh, by = q_values.of(p)
     called = bh < MAX_Q
     strong_q, _ = q_values.of(np.array([strong["p"] for strong in condition["strongest"]]))
     ratio, if_additive = published_ratios(record, name)
     return {
         **{key: condition[key] for key in (*INDEX_KEYS, "reason")},
-        "n_tests": len(numerators),
+        "n_tests": len(p),
         "n_changed": condition["n_changed"],
         "n_interactions": int(called.sum()),
         "n_interactions_by": int((by < MAX_Q).sum()),

@@ -99,8 +99,9 @@ def _require_tests(order: int, record: Mapping[str, Any]) -> None:
         raise ValueError("other conditions or numbers")
     feature_names(record)
     for name, condition in tested["conditions"].items():
-        for packed in (condition["p"], condition["direction"]):
-            _require_packed(packed, n_live)
+        n_refined = _require_packed(condition["p"], n_live).count(0)
+        _require_packed(condition["p_refined"], n_refined)
+        _require_packed(condition["direction"], n_live)
         numbers = [*(condition[key] for key in INDEX_KEYS), *published_ratios(record, name)]
         if not all(number is None or isinstance(number, float) for number in numbers):
             raise ValueError("damaged numbers")
@@ -109,8 +110,8 @@ def _require_tests(order: int, record: Mapping[str, Any]) -> None:
             raise ValueError("damaged tests")
 
 
-def _require_packed(packed: Mapping[str, Any], n_numbers: int) -> None:
-    """Check packed fractions, as `edge_fdr.packed` makes them.
+def _require_packed(packed: Mapping[str, Any], n_numbers: int) -> "array[int]":
+    """Check packed fractions, as `edge_fdr.packed` makes them; returns the numerators.
 
     Raises:
         ValueError, KeyError, TypeError, zlib.error: they are damaged, or so many they are not.
@@ -121,6 +122,7 @@ def _require_packed(packed: Mapping[str, Any], n_numbers: int) -> None:
         raise ValueError("another denominator or number")
     if not 0 <= min(numbers, default=0) <= max(numbers, default=0) <= denominator:
         raise ValueError("no fractions")
+    return numbers
 
 
 def published_ratios(record: Mapping[str, Any], condition: str) -> tuple[float, float]:
