@@ -145,7 +145,7 @@ def planted_rows(quick: bool) -> Iterator[dict[str, Any]]:
 
 def noise_rows(quick: bool) -> Iterator[dict[str, Any]]:
     """Nothing but noise, shared between targets in part: how often anything is called."""
-    rng, repeats = np.random.default_rng(3), 60 if quick else 1000
+    rng, repeats = np.random.default_rng(3), 200 if quick else 1000
     for n_cells in N_CELLS:
         n_any = 0
         for number in range(repeats):

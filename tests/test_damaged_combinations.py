@@ -50,8 +50,8 @@ def said_of_additivity(out_dir: Path) -> dict:
     ("key", "value"),
     [("p", {"denominator": 128, "numerators": "no base64"}), ("p", {"denominator": 128, "numerators": "AAAA"}),
      ("p", {"denominator": 0}), ("p", {"denominator": 10**30}), ("direction", None),
-     ("projection", ...), ("reason", ...), ("p_refined", ...),
-     ("p_refined", {"numerators": "eJxjYGBgAAAABAAB"}), ("redundancy_index", "0.1"), ("strongest", [{}]), ("p", "swap")],
+     ("projection", ...), ("reason", ...), ("p_refined", ...), ("redundancy_index", "0.1"),
+     ("p_refined", {"numerators": "eJxjYGBgAAAABAAB"}), ("strongest", [{}]), ("p", "swap")],
 )  # fmt: skip
 def test_damaged_tests_are_not_counted(
     finished_triplets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str, value: Any
