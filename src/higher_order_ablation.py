@@ -3,8 +3,8 @@
     python src/higher_order_ablation.py --data-root sae_data --data-path cells.h5ad --pair-dir results/pairwise_ablation
 
 Writes into the output folder: triplet_L0_F1_x_L5_F2_x_L11_F3.json per triplet (pair_... with --order 2),
-summary.json, manifest.json, progress.json, effects/ with --save-effects and partial/ while it runs. Running the
-same command again goes on where it stopped.
+summary.json, additivity.json (do effects add?), manifest.json, progress.json, effects/ with --save-effects and partial/
+while it runs. Running the same command again goes on where it stopped.
 """
 
 import argparse
@@ -18,7 +18,10 @@ from typing import TYPE_CHECKING, Any
 from cellcircuits import cli, cli_check, combination_results, manifest, results
 from cellcircuits.catalog import UNANNOTATED
 from cellcircuits.cells import CellSelection
+from cellcircuits.combination_stats import AdditivitySettings
 from cellcircuits.combinations import (
+    RANDOM,
+    SAME,
     TRIPLET_LAYERS,
     Combination,
     choose_triplets,
@@ -30,7 +33,7 @@ from cellcircuits.input_counts import inputs_entry, left_out_lines
 from cellcircuits.jsonio import write_json
 from cellcircuits.selection import FEATURES_PER_LAYER, choose_pairs, read_selective_summary
 from cellcircuits.stats import EdgeRule
-from cellcircuits.trace_flags import add_edge_flags, add_sae_run_flag
+from cellcircuits.trace_flags import add_edge_flags, add_sae_run_flag, add_sign_flip_flags, sample_size
 
 if TYPE_CHECKING:
     from cellcircuits.inputs import LayerSAE, ModelAndCells
@@ -68,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         "whole combination",
     )
     add_edge_flags(group)
+    add_sign_flip_flags(group, AdditivitySettings.n_draws, "interactions of a combination")
     group.add_argument(
         "--out-dir",
         type=Path,
@@ -99,6 +103,17 @@ def _add_choice_flags(group: argparse._ArgumentGroup) -> None:
         type=cli.natural,
         default=10,
         help="triplets to choose there, two of them kept for cross-pathway ones (default: %(default)s)",
+    )
+    group.add_argument(
+        "--n-random-triplets",
+        type=sample_size,
+        default=None,
+        metavar="N",
+        help="random triplets, each with features of the same layers that fire as often and weigh as much as those of "
+        "a chosen same-pathway one; needs the catalogs of the layers (default: one for each; none with --triplets)",
+    )
+    group.add_argument(
+        "--disjoint", action="store_true", help="choose combinations of which no two share a feature (not with a list)"
     )
     group.add_argument(
         "--triplet-layers",
@@ -136,7 +151,10 @@ def _add_choice_flags(group: argparse._ArgumentGroup) -> None:
         help="features of each pathway and layer, those with most edges, that make pairs (default: %(default)s)",
     )
     group.add_argument(
-        "--pairing-seed", type=int, default=0, help="seed of the draw of control pairs (default: %(default)s)"
+        "--pairing-seed",
+        type=int,
+        default=0,
+        help="seed of the draw of random pairs or triplets (default: %(default)s)",
     )
 
 
@@ -163,6 +181,7 @@ def run(args: argparse.Namespace) -> int:
     ablated = sorted({feature.layer for combination in chosen for feature in combination.features})
     check_target(loaded.model.config.num_hidden_layers, ablated, args.target_layer)
     layers = open_saes(data_root, [*ablated, args.target_layer], args.sae_run, loaded)
+    chosen += random_controls(args, chosen, layers)
     chosen = [with_labels(combination, layers) for combination in chosen]
     opened = open_cells(args, loaded)
     if len(opened.cells.cells) < 2:
@@ -170,7 +189,8 @@ def run(args: argparse.Namespace) -> int:
     saes = {layer: opened_sae.sae for layer, opened_sae in layers.items()}
     bench = JointBench(loaded.model, saes, ablated, args.target_layer)
     rule = EdgeRule(args.min_abs_d, args.min_consistency)
-    settings = run_settings(args, opened, layers, rule)
+    tests = AdditivitySettings(seed=args.calibration_seed, n_draws=args.sign_flips)
+    settings = run_settings(args, opened, layers, rule) | {"additivity": tests.record()}
     if not (args.triplets or args.pairs):
         flag, folder = ("--pair-dir", args.pair_dir) if args.order == 3 else ("--selective-dir", args.selective_dir)
         manifest.require_same_origin(flag, [folder, *sorted(folder.glob("layer*"))], settings)
@@ -179,7 +199,7 @@ def run(args: argparse.Namespace) -> int:
         provenance["seeds"]["pairing"] = config["pairing_seed"]
     fingerprint = manifest.settings_fingerprint(settings)
     run_ = CombinationRun(
-        args.out_dir, bench, opened.cells.cells, rule, fingerprint, args.save_effects, args.batch_size
+        args.out_dir, bench, opened.cells.cells, rule, fingerprint, args.save_effects, args.batch_size, tests
     )
     if args.check:
         from cellcircuits.combination_plan import check_combinations
@@ -207,8 +227,8 @@ def choose(args: argparse.Namespace) -> tuple[list[Combination], dict[str, Any]]
         raise UserError("--pairs goes with --order 2." if args.pairs else "--triplet-layers: name three layers.")
     if args.pairing_seed < 0:
         raise UserError(f"--pairing-seed is {args.pairing_seed}, but must be at least 0.")
-    if args.order == 2 and args.triplets:
-        raise UserError("--triplets goes with --order 3, the default.")
+    if args.order == 2 and (args.triplets or args.n_random_triplets):
+        raise UserError(f"{'--triplets' if args.triplets else '--n-random-triplets'} goes with --order 3, the default.")
     listed = args.triplets if args.order == 3 else args.pairs
     if listed:
         return read_combinations(listed, args.order), {"chosen_from": str(listed)}
@@ -219,7 +239,9 @@ def choose(args: argparse.Namespace) -> tuple[list[Combination], dict[str, Any]]
                 "variable SAE_PAIR_DIR (make one with --order 2), or your own triplets with --triplets FILE."
             )
         path = args.pair_dir / "summary.json"
-        chosen, notes = choose_triplets(read_pair_summary(path), args.n_triplets, args.triplet_layers)
+        chosen, notes = choose_triplets(
+            read_pair_summary(path), args.n_triplets, args.triplet_layers, disjoint=args.disjoint
+        )
     else:
         if args.selective_dir is None:
             raise UserError(
@@ -228,7 +250,9 @@ def choose(args: argparse.Namespace) -> tuple[list[Combination], dict[str, Any]]
             )
         path = args.selective_dir / "selective_summary.json"
         summary = read_selective_summary(path)
-        chosen, notes = choose_pairs(summary, args.target_layer, args.pairing_seed, args.features_per_layer)
+        chosen, notes = choose_pairs(
+            summary, args.target_layer, args.pairing_seed, args.features_per_layer, disjoint=args.disjoint
+        )
     for note in notes:
         log.warning("Note: %s", note)
     log.info("%d combinations chosen from %s", len(chosen), path)
@@ -248,6 +272,39 @@ def check_target(n_layers: int, ablated: Sequence[int], target: int) -> None:
             f"--target-layer {target}: a combination removes a feature of layer {ablated[-1]}, which is not before it; "
             "choose a later target or other features (--triplet-layers, --triplets, --pairs)."
         )
+
+
+def random_controls(
+    args: argparse.Namespace, chosen: Sequence[Combination], layers: Mapping[int, "LayerSAE"]
+) -> list[Combination]:
+    """Random triplets matched to the chosen same-pathway ones or, where a list names no pathways, to all of them.
+
+    Raises:
+        UserError: they are asked for, and a layer has no catalog.
+    """
+    from cellcircuits.inputs import control_candidates
+    from cellcircuits.triplet_controls import random_triplets
+
+    distinct = {combination.name: combination for combination in chosen}.values()  # one of two pathways is there twice
+    same = [combination for combination in distinct if combination.kind == SAME]
+    wanted = (0 if args.triplets else len(same)) if args.n_random_triplets is None else args.n_random_triplets
+    if args.order == 2 or not wanted:
+        return []
+    ablated = {feature.layer for combination in chosen for feature in combination.features}
+    bare = [layers[layer].files.catalog for layer in sorted(ablated) if layers[layer].catalog is None]
+    if bare and args.n_random_triplets is None:
+        log.warning("Note: no random triplets, since %s is missing.", bare[0])
+        return []
+    if bare:
+        raise UserError(
+            f"--n-random-triplets: {bare[0]} is missing; make it with prepare_inputs.py --existing-saes, or ask for 0."
+        )
+    catalogs = {layer: control_candidates(layer, layers[layer]) for layer in ablated}
+    sources = same or [combination for combination in distinct if combination.kind != RANDOM]
+    controls, notes = random_triplets(sources, chosen, catalogs, wanted, args.pairing_seed)
+    for note in notes:
+        log.warning("Note: %s", note)
+    return controls
 
 
 def with_labels(combination: Combination, layers: Mapping[int, "LayerSAE"]) -> Combination:
@@ -293,7 +350,7 @@ def run_settings(
 
 
 def report(out_dir: Path, first: Sequence[str] = ()) -> int:
-    """Summarise what the folder holds, in `summary.json` and on the terminal; returns the exit status.
+    """Summarise what the folder holds: `summary.json`, `additivity.json`, the terminal; returns the exit status.
 
     Args:
         out_dir: the folder of a run.
@@ -307,12 +364,23 @@ def report(out_dir: Path, first: Sequence[str] = ()) -> int:
     order, named = settings["order"], ("order", "target_layer", "n_cells", "min_abs_d", "min_consistency")
     if order not in DEFAULT_OUT_DIRS or any(key not in settings for key in named):
         raise UserError(f"{out_dir / manifest.MANIFEST}: damaged; restore it or choose another --out-dir.")
+    tests = settings.get("additivity")
+    if not isinstance(tests, dict) or type(tests.get("seed")) is not int:
+        raise UserError(
+            f"{out_dir / manifest.MANIFEST}: does not say how additivity is tested, as a folder of an earlier version; "
+            "measure again into another --out-dir, or restore the file."
+        )
+    from cellcircuits.additivity_summary import additivity_lines, additivity_summary  # scipy takes a second
+
     earlier = [*first, *(name for name in combination_results.names_in_summary(out_dir, order) if name not in first)]
     records = combination_results.read_records(out_dir, order, manifest.settings_fingerprint(settings), earlier)
     summary = combination_results.summarise(order, records, {key: settings[key] for key in named})
     summary |= inputs_entry(content.get("provenance"))
     write_json(out_dir / "summary.json", summary)
-    print("\n".join([*combination_results.report_lines(order, summary), *left_out_lines(summary)]))
+    additivity = additivity_summary(order, records, settings)
+    write_json(out_dir / "additivity.json", additivity)
+    lines = [*combination_results.report_lines(order, summary), *additivity_lines(additivity), *left_out_lines(summary)]
+    print("\n".join(lines))
     return 0
 
 

@@ -4,14 +4,14 @@
 
 - exhaustive_feature_tracing: exhaustive_tracing.png (degree distribution, edges per layer, top hubs) and
   calibration.png (edges expected by chance, by threshold and by degree; calibrated against published degrees);
-- higher_order_ablation: higher_order_ablation.png (ratios by order, beside those of exactly additive effects);
+- higher_order_ablation: higher_order_ablation.png (ratios by order beside those of exactly additive effects,
+  redundancy index);
 - trajectory_steering: trajectory_steering.png (state shift per feature, layer and alpha, spread over cells);
 - specificity_controls: specificity.png (edges of features and of their controls, and how many targets they share).
 """
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from cellcircuits import cli, cli_check
+from cellcircuits.additivity_figures import combination_figure
 from cellcircuits.calibration_figures import calibration_figure
 from cellcircuits.catalog import display_name
-from cellcircuits.combination_results import norm_ratio
+from cellcircuits.combination_results import KINDS
 from cellcircuits.errors import UserError
 from cellcircuits.graph_store import read_edges, read_features
 from cellcircuits.jsonio import read_json, write_atomically
@@ -38,7 +39,7 @@ from cellcircuits.trace_layers import holds_layers
 
 N_HUBS_SHOWN = 12
 LABEL_LENGTH = 44
-COLOUR, ADDITIVE_COLOUR, DOT_COLOUR = "#2f6f8f", "#b0b0b0", "#1a3c4d"
+COLOUR = "#2f6f8f"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -185,94 +186,12 @@ def top_hubs(axes: Axes, summary: Mapping[str, Any], genes: Mapping[tuple[int, i
 
 
 def higher_order_ablation(out_dir: Path) -> Figure:
-    """Redundancy by order: ratios of pairs and triplets, and what exactly additive effects would give."""
-    settings = open_folder(out_dir)["settings"]
-    order = settings["order"]
-    kind = {2: "pair", 3: "triplet"}[order]
-    summary = _summary(out_dir / "summary.json", {f"per_{kind}_results", "config"})
-    records = [*summary[f"per_{kind}_results"], *summary.get("control_pair_results", ())]
-    if not records:
+    """Redundancy: ratios of pairs and triplets, what exactly additive effects would give, and the redundancy index."""
+    kind = KINDS[open_folder(out_dir)["settings"]["order"]]
+    summary = _summary(out_dir / "summary.json", {f"per_{kind}_results", f"control_{kind}_results", "config"})
+    if not (summary[f"per_{kind}_results"] or summary[f"control_{kind}_results"]):
         raise UserError(f"{out_dir}: holds no finished {kind}; run higher_order_ablation.py first.")
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    columns = _columns(records, order)
-    ratios_by_order(left, columns)
-    norms_by_order(right, columns)
-    figure.suptitle(f"{len(records)} {kind}s, {settings['n_cells']} cells, read at layer {settings['target_layer']}")
-    return figure
-
-
-@dataclass(frozen=True)
-class Column:
-    """Combinations drawn above each other: their ratios of |d|, those if effects added, their norm ratios."""
-
-    name: str
-    observed: list[float]
-    if_additive: list[float]
-    norm_ratios: list[float]
-
-
-def _columns(records: Sequence[Mapping[str, Any]], order: int) -> list[Column]:
-    """Pairs by how they were chosen; for triplets the pairs inside them, then the triplets."""
-
-    def norms(chosen: Sequence[Mapping[str, Any]], *conditions: str) -> list[float]:
-        found = [norm_ratio(record, condition) for record in chosen for condition in conditions]
-        return [value for value in found if value is not None]
-
-    def values(key: str, chosen: Sequence[Mapping[str, Any]] = records) -> list[float]:
-        return [r[key] for r in chosen]
-
-    if order == 2:
-        groups = {group: [r for r in records if r["pair_type"] == group] for group in values("pair_type")}
-        return [
-            Column(
-                group.replace("_", " "), values("ratio_median", chosen), values("ratio_median_if_additive", chosen),
-                norms(chosen, "AB"),
-            )
-            for group, chosen in groups.items()
-        ]  # fmt: skip
-    inside = [[ratio for of_one in values(key) for ratio in of_one.values()] for key in _keys("pairwise_ratios")]
-    return [
-        Column("order 2\n(pairs inside the triplets)", *inside, norms(records, "AB", "AC", "BC")),
-        Column("order 3", *map(values, _keys("threeway_ratio")), norms(records, "ABC")),
-    ]
-
-
-def _keys(key: str) -> tuple[str, str]:
-    return key, f"{key}_if_additive"
-
-
-def ratios_by_order(axes: Axes, columns: Sequence[Column]) -> None:
-    """Dots of the median ratio of each combination, the additive expectation beside it, joined by a line."""
-    for x, column in enumerate(columns):
-        for low, high in zip(column.observed, column.if_additive, strict=True):
-            axes.plot((x - 0.12, x + 0.12), (low, high), color="0.85", zorder=1)
-        _dots(axes, x - 0.12, column.observed, COLOUR, None if x else "observed")
-        _dots(
-            axes, x + 0.12, column.if_additive, ADDITIVE_COLOUR, None if x else "exactly additive effects, same cells"
-        )
-    _finish(axes, columns, "joint |d| over the sum of single |d|", "The study's ratio, and if effects added exactly")
-    axes.legend(frameon=False, loc="lower left")
-
-
-def norms_by_order(axes: Axes, columns: Sequence[Column]) -> None:
-    """Dots of the norm of the mean joint effect over that of the sum of the single ones; 1 is exactly additive."""
-    axes.axhline(1, color=ADDITIVE_COLOUR, linestyle="--")
-    for x, column in enumerate(columns):
-        _dots(axes, x, column.norm_ratios, COLOUR)
-    _finish(axes, columns, "joint mean effect over the sum (norms)", "Mean effects: 1 is exactly additive")
-
-
-def _dots(axes: Axes, x: float, values: Sequence[float], colour: str, label: str | None = None) -> None:
-    if values:
-        axes.scatter([x] * len(values), values, color=colour, zorder=2, label=label)
-        axes.hlines(np.median(values), x - 0.1, x + 0.1, color=DOT_COLOUR, zorder=3)
-
-
-def _finish(axes: Axes, columns: Sequence[Column], ylabel: str, title: str) -> None:
-    axes.set_xticks(range(len(columns)), [column.name for column in columns])
-    axes.set(xlim=(-0.5, len(columns) - 0.5), ylabel=ylabel, title=title)
-    axes.set_ylim(bottom=0)
+    return combination_figure(summary, _summary(out_dir / "additivity.json", {"combinations", "family", "order"}))
 
 
 def trajectory_steering(out_dir: Path) -> Figure:

@@ -30,7 +30,7 @@ SOURCE, TARGETS = 1, (2, 4, 5)
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    for name in ("common", "floor", "memory", "published", "tracing"):
+    for name in ("common", "floor", "memory", "published", "simulated_combinations", "tracing"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return import_module
 
@@ -239,3 +239,11 @@ class TestMemory:
         lines = capsys.readouterr().out.splitlines()
         assert lines[-2].split() == ["4", "20", "6.0", "2.00", "0.300", "1.00", "1"]
         assert lines[-1] == "computed: 1.0 MiB more per cell"
+
+
+def test_simulated_combinations_come_out_as_theory_says(load, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ratios of additive effects, power, false discoveries, coverage, class effect: every row of the short table."""
+    simulated = load("simulated_combinations")
+    assert simulated.main(["--quick"]) == 0, capsys.readouterr().out
+    found = capsys.readouterr().out
+    assert found.count("noise only") == len(simulated.N_CELLS) and "published ratio" in found

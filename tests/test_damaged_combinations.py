@@ -35,8 +35,41 @@ DAMAGES = [
     {"n_active": ...}, {"elapsed_seconds": ...}, {"elapsed_seconds": "1"}, {"n_significant": 4}, {"n_significant": {}},
     {"threeway_ratio": "0.5"}, {"threeway_ratio": None}, {"threeway_ratio": float("nan")},
     {"higher_order_interaction_median": float("inf")}, {"triplet_id": ["L1_F0"]}, {"triplet_id": "L1_F0"},
-    {"pathway": ...}, {"triplet_type": ...}, {"fingerprint": ...},
+    {"pathway": ...}, {"triplet_type": ...}, {"fingerprint": ...}, {"additivity": ...}, {"additivity": []},
+    {"feature_B": {}}, {"pairwise_ratios_if_additive": {}},
+    {"additivity": {"n_cells": 8, "n_live_targets": 3, "conditions": {}}},
 ]  # fmt: skip
+
+
+def said_of_additivity(out_dir: Path) -> dict:
+    """What the record that is damaged below says about additivity."""
+    return json.loads(next(out_dir.glob("triplet_L1_F0_*.json")).read_text())["additivity"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("p", {"denominator": 128, "numerators": "no base64"}), ("p", {"denominator": 128, "numerators": "AAAA"}),
+     ("p", {"denominator": 0}), ("p", {"denominator": 10**30}), ("direction", None),
+     ("projection", ...), ("reason", ...), ("p_refined", ...), ("redundancy_index", "0.1"),
+     ("p_refined", {"numerators": "eJxjYGBgAAAABAAB"}), ("strongest", [{}]), ("p", "swap")],
+)  # fmt: skip
+def test_damaged_tests_are_not_counted(
+    finished_triplets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str, value: Any
+):
+    out_dir = shutil.copytree(finished_triplets, tmp_path / "out")
+    tested = said_of_additivity(out_dir)
+    if value == "swap":  # whole, but of another number of targets
+        tested["n_live_targets"] -= 1
+    elif isinstance(value, dict) and len(value) == 1:
+        tested["conditions"]["AB"][key] |= value
+    elif value is ...:
+        del tested["conditions"]["AB"][key]
+    else:
+        tested["conditions"]["AB"][key] = value
+    edited(out_dir, "triplet_L1_F0_*.json", additivity=tested)
+    assert script.main(["--analysis-only", "--out-dir", str(out_dir)]) == 0
+    content = json.loads((out_dir / "additivity.json").read_text())
+    assert len(content["combinations"]) == 2 and "not counted" in caplog.text
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=str)
@@ -69,7 +102,19 @@ def test_a_copy_is_not_counted_twice_and_damaged_effects_are_made_again(
     assert results_of(out_dir) == results_of(finished_triplets)
 
 
-@pytest.mark.parametrize("change", [{"order": 7}, {"target_layer": ...}, {"n_cells": ...}])
+def test_a_folder_of_a_version_without_tests_is_refused(
+    finished_triplets: Path, study_template: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out_dir = shutil.copytree(finished_triplets, tmp_path / "out")
+    settings = json.loads((out_dir / "manifest.json").read_text())["settings"]
+    del settings["additivity"]
+    edited(out_dir, "manifest.json", settings=settings)
+    sentence = refusal(capsys, script.main(["--analysis-only", "--out-dir", str(out_dir)]))
+    assert "does not say how additivity is tested" in sentence
+    assert "additivity is null there" in refusal(capsys, script.main(flags(study_template, out_dir)))
+
+
+@pytest.mark.parametrize("change", [{"order": 7}, {"target_layer": ...}, {"n_cells": ...}, {"additivity": [3]}])
 def test_a_damaged_manifest_is_one_sentence(
     finished_triplets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict
 ):
@@ -109,7 +154,8 @@ def test_a_triplet_of_two_pathways_is_measured_once(
         lambda self, combination, *rest: (measured.append(combination), honest(self, combination, *rest)),
     )
     for _ in range(2):
-        assert script.main([*arguments, "--pair-dir", str(tmp_path), "--triplet-layers", "1,2,4"]) == 0
+        more = ["--pair-dir", str(tmp_path), "--triplet-layers", "1,2,4", "--n-random-triplets", "0"]
+        assert script.main([*arguments, *more]) == 0
         summary = json.loads((tmp_path / "out" / "summary.json").read_text())
         assert [entry["pathway"] for entry in summary["per_triplet_results"]] == ["ddr"]
     assert len(measured) == 1 and "two pathways" in caplog.text

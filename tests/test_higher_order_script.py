@@ -117,6 +117,29 @@ def test_records_hold_the_slow_implementation_s_numbers(finished: tuple[int, Pat
             assert counts == list(slow.classes(ratios))
 
 
+def test_records_hold_the_interactions_of_full_passes(finished: tuple[int, Path], measured: dict):
+    """In float32, so a target at the edge of rounding may count on one side only."""
+    order, out_dir = finished
+    content = json.loads((out_dir / "additivity.json").read_text())
+    by_id = {entry["id"]: entry for entry in content["combinations"]}
+    for features in TRIPLETS if order == 3 else PAIRS:
+        entry = by_id["_x_".join(f"L{layer}_F{index}" for layer, index in features)]
+        union = measured[features].union
+        means = slow.mean_interactions(union)
+        assert entry["n_cells"] == len(measured[features].union_cells) and entry["conditions"].keys() == means.keys()
+        n_live = np.any([abs(rows).max(axis=0) > 1e-4 for rows in union.values()], axis=0).sum()
+        assert n_live <= entry["n_live_targets"] <= n_live + 3
+        for name, condition in entry["conditions"].items():
+            assert condition["strongest"] or abs(means[name]).max() < 1e-4
+            for strong in condition["strongest"]:
+                assert strong["mean_interaction"] == pytest.approx(means[name][strong["target"]], rel=1e-3, abs=5e-5)
+                joint = union[name][:, strong["target"]].mean()
+                assert strong["mean_joint"] == pytest.approx(joint, rel=1e-3, abs=5e-5)
+            summed = np.sum([union[letter] for letter in name], axis=0)
+            norms = [np.linalg.norm(rows.mean(axis=0)) for rows in (union[name], summed)]
+            assert condition["redundancy_index_plug_in"] == pytest.approx(1 - norms[0] / norms[1], rel=1e-3, abs=1e-4)
+
+
 def test_saved_effects_are_both_averages(finished: tuple[int, Path], measured: dict):
     order, out_dir = finished
     for features in TRIPLETS if order == 3 else PAIRS:

@@ -102,6 +102,25 @@ def best_annotated(
     return sorted(candidates, key=lambda feature: (-feature.score, feature.p_value, feature.index))[:n_features]
 
 
+def best_terms(catalog: Mapping[int, FeatureInfo], annotations_path: Path) -> dict[int, tuple[str, bool]]:
+    """The best term of every feature that has one, and whether it is significant: {index: (term, significant)}.
+
+    Raises:
+        UserError: the annotations are damaged.
+    """
+    if not annotations_path.is_file():
+        return {}
+    significant, labels = read_annotations(annotations_path), _read_labels(annotations_path)
+    found = {}
+    for index, info in catalog.items():
+        term = labels.get(str(index), {}).get("best_term")
+        if significant.get(str(index)):
+            found[index] = (info.label, True)
+        elif isinstance(term, str) and term.strip():
+            found[index] = (" ".join(term.split()), False)
+    return found
+
+
 def annotation_score(n_ontologies: int, n_entries: int, p_adjusted: float) -> float:
     """10 per ontology (6 at most), 1 per entry, and the decades of the smallest adjusted p (30 at most)."""
     return 10 * min(n_ontologies, MAX_ONTOLOGIES) + n_entries - math.log10(max(p_adjusted, SMALLEST_P))

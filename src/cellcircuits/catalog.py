@@ -1,5 +1,6 @@
 """Feature catalog and labels: which features exist, how often they fire, what they are called."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,17 @@ PREFERRED_ONTOLOGIES = ("GO_BP", "KEGG", "Reactome")
 
 @dataclass(frozen=True)
 class FeatureInfo:
-    """One feature; `activation_freq` is its share of token positions, 0 to 1, None where there is no catalog."""
+    """One feature.
+
+    `activation_freq` is its share of token positions, 0 to 1, `mean_activation` its mean latent over all of them; None
+    where there is no catalog, or none that says so.
+    """
 
     index: int
     activation_freq: float | None
     label: str
     top_genes: tuple[str, ...]
+    mean_activation: float | None = None
 
 
 def load_catalog(path: Path, annotations_path: Path | None, n_features: int) -> dict[int, FeatureInfo]:
@@ -98,4 +104,7 @@ def _feature_info(entry: Mapping[str, Any], annotations: Mapping[str, list[dict[
     if not 0.0 <= frequency <= 1.0:
         raise ValueError(f"feature {index} has activation_freq {frequency}, expected a share from 0 to 1")
     genes = tuple(_printable(str(gene.get("gene_name", gene.get("gene_id")))) for gene in entry.get("top_genes", ()))
-    return FeatureInfo(index, frequency, label_of(annotations.get(str(index), [])), genes)
+    label, mean = label_of(annotations.get(str(index), [])), entry.get("mean_activation")
+    # only matching by size needs it, so what is none is left out
+    is_size = isinstance(mean, int | float) and not isinstance(mean, bool) and 0 <= mean < math.inf
+    return FeatureInfo(index, frequency, label, genes, float(mean) if is_size else None)

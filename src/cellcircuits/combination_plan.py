@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellcircuits import combination_results
-from cellcircuits.combination_run import CLEAN_SHARE_OF_MEMORY, CombinationRun, Unfinished, effects_that_fit
-from cellcircuits.combination_stats import combination_statistics, conditions
+from cellcircuits.combination_run import ARRAYS, CLEAN_SHARE_OF_MEMORY, CombinationRun, Unfinished, effects_that_fit
+from cellcircuits.combination_stats import conditions
 from cellcircuits.combinations import Combination
 from cellcircuits.device import host_memory
 from cellcircuits.flops import ModelShape, block_flops
@@ -107,7 +107,7 @@ def probe_run(run: CombinationRun, left: Sequence[Combination]) -> Measured:
         time_clean(run, left, order, found, probe.share(CLEAN_SHARE))
         effects += time_trees(run, left, found, probe)
     if effects:
-        found.statistics_seconds = time_statistics(run, effects, len(left[0].features), probe)
+        found.statistics_seconds = time_statistics(run, effects, layer_features(left[0]), probe)
     return found
 
 
@@ -182,16 +182,18 @@ def tree_size(features: Sequence[LayerFeature], active: Sequence[bool], target: 
     return n_runs + n_streams * (target - at), n_streams
 
 
-def time_statistics(run: CombinationRun, effects: Sequence[CellEffects], order: int, probe: Probe) -> float:
+def time_statistics(
+    run: CombinationRun, effects: Sequence[CellEffects], features: Sequence[LayerFeature], probe: Probe
+) -> float:
     """Seconds that the statistics of one combination take, on the measured cells over and over again."""
     n = min(len(run.cells), CELLS_OF_STATISTICS)
-    so_far = Unfinished.empty(n, order, run.bench.n_targets)
+    so_far = Unfinished.empty(n, len(features), run.bench.n_targets)
     for i in range(n):
-        for name in ("measured", "published", "union", "additive"):
+        for name in ARRAYS:
             getattr(so_far, name)[i] = getattr(effects[i % len(effects)], name)
     noise: NDArray[np.float64] = np.random.default_rng(0).standard_normal((n, 1, 1))
-    noisy = replace(so_far.effects(), published=so_far.published * noise, union=so_far.union * noise)
-    return probe.timed(lambda: combination_statistics(noisy, order, run.rule))[0] * len(run.cells) / n
+    noisy = replace(so_far, published=so_far.published * noise, union=so_far.union * noise)
+    return probe.timed(lambda: run.statistics(noisy, features))[0] * len(run.cells) / n
 
 
 def works(run: CombinationRun, left: Sequence[Combination], found: Measured, n_active: float) -> list[Work]:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -13,8 +13,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cellcircuits import combination_results
+from cellcircuits.additivity import combination_additivity
 from cellcircuits.cells import Cell
-from cellcircuits.combination_stats import CombinationEffects, combination_statistics, condition_name, conditions
+from cellcircuits.combination_stats import (
+    AdditivitySettings,
+    CombinationEffects,
+    combination_statistics,
+    condition_name,
+    conditions,
+)
 from cellcircuits.combinations import LISTED, Combination
 from cellcircuits.device import host_memory, is_out_of_memory
 from cellcircuits.errors import UserError
@@ -30,17 +37,18 @@ SELF_CHECK_TOLERANCE = 1e-3
 # In float32 a near tie for the last place among the k may fall either way, which moves a latent or two.
 SELF_CHECK_TIES = 4
 SELF_CHECK_TIED_SHARE = 0.02
-ARRAYS = ("measured", "published", "union", "additive")
+ARRAYS = ("measured", "published", "union", "additive", "rounding")
 
 
 @dataclass
 class Unfinished:
-    """Effects of one combination on the cells so far; arrays as in `CombinationEffects`."""
+    """Effects of one combination on the cells so far; arrays as in `joint.CellEffects`, with cells first."""
 
     measured: NDArray[np.bool_]
     published: NDArray[np.float64]
     union: NDArray[np.float64]
     additive: NDArray[np.float64]
+    rounding: NDArray[np.float64]
     n_cells_done: int = 0
     n_block_runs: int = 0
     seconds: float = 0.0
@@ -49,7 +57,8 @@ class Unfinished:
     def empty(cls, n_cells: int, order: int, n_targets: int) -> "Unfinished":
         """Nothing measured yet."""
         shape = (n_cells, len(conditions(order)), n_targets)
-        return cls(np.zeros(shape[:2], dtype=bool), np.zeros(shape), np.zeros(shape), np.zeros(shape))
+        effects = (np.zeros(shape) for _ in range(3))
+        return cls(np.zeros(shape[:2], dtype=bool), *effects, rounding=np.zeros((n_cells, n_targets)))
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Write the finished cells to `path`, whole or not at all."""
@@ -116,7 +125,7 @@ class CombinationRun:
     """Measures combinations into one output folder that belongs to this run.
 
     `fingerprint` is that of the run's settings, `batch_size` streams per batch or None for what memory allows;
-    with `save_effects` the per-cell effects are kept too.
+    with `save_effects` the per-cell effects are kept too, `additivity` says how their sums are tested.
     """
 
     out_dir: Path
@@ -126,6 +135,7 @@ class CombinationRun:
     fingerprint: str
     save_effects: bool = False
     batch_size: int | None = None
+    additivity: AdditivitySettings = field(default_factory=AdditivitySettings)
 
     def measure(self, chosen: Sequence[Combination]) -> None:
         """Measure every combination whose record is not on disk yet, one chosen twice only once."""
@@ -194,9 +204,14 @@ class CombinationRun:
         if self.save_effects:
             self.write_effects(combination, so_far)
         spent = {"n_block_runs": so_far.n_block_runs, "elapsed_seconds": so_far.seconds}
-        numbers = combination_statistics(so_far.effects(), len(features), self.rule)
-        self.write_record(combination, numbers | spent)
+        self.write_record(combination, self.statistics(so_far, features) | spent)
         discard(partial)
+
+    def statistics(self, so_far: Unfinished, features: Sequence[LayerFeature]) -> dict[str, Any]:
+        """The numbers of one combination's record, once all cells are done."""
+        effects = so_far.effects()
+        tested = combination_additivity(effects, so_far.rounding, features, self.additivity, self.bench.device)
+        return combination_statistics(effects, len(features), self.rule) | {"additivity": tested}
 
     def write_record(self, combination: Combination, numbers: Mapping[str, Any]) -> None:
         """Write the JSON file of one combination."""

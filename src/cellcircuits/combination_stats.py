@@ -7,7 +7,7 @@ comes with the ratio that exactly additive effects of the same cells would give.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
@@ -19,9 +19,31 @@ from cellcircuits.stats import EdgeRule, cohens_d, effect_statistics
 
 MIN_DENOMINATOR = 0.01
 SUBADDITIVE_BELOW, SUPERADDITIVE_ABOVE = 0.8, 1.2
+SYNERGY, REDUNDANCY = 1, 2  # how an interaction changes the size of the sum of the single effects
 
 Condition = tuple[int, ...]  # which features of the combination are removed, by their number in it
 ByCondition = Mapping[Condition, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class AdditivitySettings:
+    """How additivity is tested; part of what determines the numbers of a run.
+
+    Attributes:
+        seed: of the sign vectors and of the resampled cells, with the combination's features and the condition.
+        n_draws: sign vectors for combinations active in more than 12 cells; fewer cells have all.
+        n_resamples: bootstrap samples of the cells.
+        n_refined: further sign vectors for the targets that hardly any of the first ones reaches.
+    """
+
+    seed: int = 0
+    n_draws: int = 10_000
+    n_resamples: int = 2_000
+    n_refined: int = 1_000_000
+
+    def record(self) -> dict[str, int]:
+        """For the settings of a run."""
+        return asdict(self)
 
 
 def conditions(order: int) -> list[Condition]:

@@ -142,7 +142,11 @@ def read_pair_summary(path: Path) -> list[Combination]:
 
 
 def choose_triplets(
-    pairs: Sequence[Combination], n_triplets: int, layers: tuple[int, int, int] = TRIPLET_LAYERS
+    pairs: Sequence[Combination],
+    n_triplets: int,
+    layers: tuple[int, int, int] = TRIPLET_LAYERS,
+    *,
+    disjoint: bool = False,
 ) -> tuple[list[Combination], list[str]]:
     """Choose triplets from measured pairs by the published rule.
 
@@ -154,6 +158,8 @@ def choose_triplets(
         pairs: as `read_pair_summary` gives them; their order decides ties and which feature is a pathway's first.
         n_triplets: most triplets to choose.
         layers: three ascending layers, one feature of a triplet from each.
+        disjoint: skip triplets that share a feature with one already chosen; a cross-pathway one then takes the first
+            feature of each list that is still free.
 
     Returns:
         The triplets, and notes on what could not be built.
@@ -168,8 +174,9 @@ def choose_triplets(
             f"the pair summary gives {n_candidates:,} triplets to choose from; name some with --triplets FILE."
         )
     by_edges = sorted(_candidates(pools, layers), key=lambda triplet: -triplet.n_edges)  # stable
-    same = list(islice(_at_most_per_pathway(by_edges), max(n_triplets - 2, 0)))
-    chosen = [*same, *_cross_triplets(pools, layers)][:n_triplets]
+    used: set[str] | None = set() if disjoint else None
+    same = list(islice(_at_most_per_pathway(by_edges, used), max(n_triplets - 2, 0)))
+    chosen = [*same, *_cross_triplets(pools, layers, used)][:n_triplets]
     notes = _lacks(pools, layers)
     if not chosen:
         why = "; ".join(notes) or "it holds no pair within a pathway"
@@ -208,19 +215,34 @@ def _candidates(pools: Pools, layers: Sequence[int]) -> Iterator[Combination]:
             yield Combination(features, pathway, SAME)
 
 
-def _at_most_per_pathway(triplets: Sequence[Combination]) -> Iterator[Combination]:
+def _at_most_per_pathway(triplets: Sequence[Combination], used: set[str] | None) -> Iterator[Combination]:
+    """At most three of a pathway; with a set of `used` features only those without any, which are added to it."""
     taken: dict[str, int] = {}
     for triplet in triplets:
-        taken[triplet.pathway] = taken.get(triplet.pathway, 0) + 1
-        if taken[triplet.pathway] <= MOST_PER_PATHWAY:
+        if taken.get(triplet.pathway, 0) < MOST_PER_PATHWAY and take_unused(triplet, used):
+            taken[triplet.pathway] = taken.get(triplet.pathway, 0) + 1
             yield triplet
 
 
-def _cross_triplets(pools: Pools, layers: Sequence[int]) -> Iterator[Combination]:
+def take_unused(combination: Combination, used: set[str] | None) -> bool:
+    """Whether none of the features is in `used`, which then gets them; with None any combination will do."""
+    names = {feature.name for feature in combination.features}
+    if used is None:
+        return True
+    if used & names:
+        return False
+    used |= names
+    return True
+
+
+def _cross_triplets(pools: Pools, layers: Sequence[int], used: set[str] | None) -> Iterator[Combination]:
     for pathways in CROSS_TRIPLETS:
-        firsts = [pools.get(pathway, {}).get(layer, [])[:1] for pathway, layer in zip(pathways, layers, strict=True)]
+        lists = (pools.get(pathway, {}).get(layer, []) for pathway, layer in zip(pathways, layers, strict=True))
+        firsts = [[feature for feature in pool if feature.name not in (used or ())][:1] for pool in lists]
         if all(firsts):
-            yield Combination(tuple(feature for [feature] in firsts), "_x_".join(pathways), CROSS)
+            triplet = Combination(tuple(feature for [feature] in firsts), "_x_".join(pathways), CROSS)
+            take_unused(triplet, used)
+            yield triplet
 
 
 def _lacks(pools: Pools, layers: Sequence[int]) -> list[str]:

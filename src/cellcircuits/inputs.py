@@ -12,11 +12,15 @@ import numpy as np
 import torch
 
 from cellcircuits import cli, manifest, sae_store
+from cellcircuits.best_annotated import best_terms
 from cellcircuits.catalog import UNANNOTATED, FeatureInfo, load_catalog
 from cellcircuits.cells import CellSelection, CellSet, load_cells
+from cellcircuits.combinations import ComboFeature
 from cellcircuits.device import choose_device, describe_device
 from cellcircuits.errors import UserError
 from cellcircuits.geneformer import LoadedModel, dictionary_folders, load_model, n_positions
+from cellcircuits.pathways import pathway_of
+from cellcircuits.triplet_controls import Candidate
 from cellcircuits.vocabulary import GeneVocabulary, load_vocabulary
 from sae_model import TopKSAE
 
@@ -65,6 +69,25 @@ class LayerSAE:
         if self.catalog is not None:
             return list(self.catalog.values())
         return [FeatureInfo(index, None, UNANNOTATED, ()) for index in range(self.sae.n_features)]
+
+
+def control_candidates(layer: int, layer_sae: LayerSAE) -> dict[int, Candidate]:
+    """The features of a layer with a catalog, as matched controls are drawn from them; pathways by our own keywords.
+
+    Raises:
+        UserError: its annotations are damaged.
+    """
+    catalog = layer_sae.catalog or {}
+    terms = best_terms(catalog, layer_sae.files.annotations)
+    lengths = layer_sae.sae.decoder_directions.norm(dim=1).tolist()
+    found = {}
+    for index, info in catalog.items():
+        frequency = info.activation_freq or 0.0
+        term, significant = terms.get(index, (None, None))
+        norm = info.mean_activation / frequency * lengths[index] if info.mean_activation and frequency else None
+        feature = ComboFeature(layer, index, info.label, 0, term, significant)
+        found[index] = Candidate(feature, frequency, norm, pathway_of(term) if term else None)
+    return found
 
 
 def open_model(args: argparse.Namespace) -> LoadedModel:

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from transformers import BertForMaskedLM
 
 LayerFeature = tuple[int, int]  # layer, feature index
+# Largest error of a latent in machine epsilons of the largest latent at its position, with a margin. In float32 against
+# float64 it was 8 (root mean square 1.4) over 5,000 positions of the demo, and 11 (2.5) over 1,500 of a random model of
+# Geneformer V2-316M's shape.
+ROUNDING = 16
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class CellEffects:
         union: averaged over the positions where any feature of the combination is, the same for all conditions.
         additive: what `published` would be if effects added exactly: the sum of the single ablations' changes
             over the condition's positions.
+        rounding: (n_targets,) bound on how far rounding moves one latent averaged as in `union`.
         n_block_runs: encoder blocks run on one stream each; a full forward pass is n_layers of them.
     """
 
@@ -75,6 +80,7 @@ class CellEffects:
     published: NDArray[np.float64]
     union: NDArray[np.float64]
     additive: NDArray[np.float64]
+    rounding: NDArray[np.float64]
     n_block_runs: int
 
 
@@ -158,6 +164,7 @@ class JointBench:
         rows = np.flatnonzero(active.any(axis=0))
         tree = _Tree(self, clean, features, batch_size or self.batch_size(len(clean.cell.tokens)))
         changes = _Changes(clean.target.at(rows), tree.read(rows), self.n_targets)
+        rounding = ROUNDING * torch.finfo(self.model.dtype).eps * changes.latent_size()
         subsets = conditions(len(features))
         shape = (len(subsets), self.n_targets)
         measured = np.zeros(len(subsets), dtype=bool)
@@ -171,7 +178,7 @@ class JointBench:
             if measured[c]:
                 published[c] = changes.mean(tree.stream_of(members), own)
                 additive[c] = sum(changes.mean(tree.stream_of((i,)), own) for i in members)
-        return CellEffects(measured, published, union, additive, tree.n_block_runs)
+        return CellEffects(measured, published, union, additive, rounding, tree.n_block_runs)
 
     def batch_size(self, n_pos: int) -> int:
         """How many streams of a cell of `n_pos` tokens fit in memory as one batch."""
@@ -185,6 +192,23 @@ class _Changes:
     before: TopKLatents
     after: Sequence[TopKLatents]
     n_targets: int
+
+    def latent_size(self) -> NDArray[np.float64]:
+        """What rounding of each latent is relative to, averaged over all positions, (n_targets,).
+
+        At a position where the latent is selected in any stream, the largest latent of any stream there: a sum of
+        many products is rounded by their size, not by its own.
+        """
+        read = [self.before, *self.after]
+        n_rows = len(self.before.values)
+        if not n_rows:
+            return np.zeros(self.n_targets)
+        largest = np.max([latents.values.max(axis=1) for latents in read], axis=0)  # (n_rows,)
+        keys = np.concatenate(
+            [np.arange(n_rows)[:, None] * self.n_targets + latents.features for latents in read], axis=None
+        )
+        row, target = np.divmod(np.unique(keys), self.n_targets)
+        return np.bincount(target, weights=largest[row], minlength=self.n_targets) / n_rows
 
     def mean(self, stream: int | None, rows: NDArray[np.bool_] | slice) -> NDArray[np.float64]:
         """Mean change (n_targets,) over `rows`; 0 for the clean stream, which is None."""

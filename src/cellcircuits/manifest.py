@@ -21,8 +21,8 @@ from cellcircuits.results import SCHEMA_VERSION, one_at_a_time
 MANIFEST = "manifest.json"
 RESULTS = (
     "feature_*.json", "pair_*.json", "triplet_*.json", "steering_*.json", "*summary.json", "cell_metadata.json",
-    "switch_features.json", "same_position_check.json", "calibration.json", "specificity*.json", "*.parquet",
-    "blocks", "partial", "effects", "state_signatures.npz", "sae_activations.npz",
+    "switch_features.json", "same_position_check.json", "calibration.json", "specificity*.json", "additivity.json",
+    "*.parquet", "blocks", "partial", "effects", "state_signatures.npz", "sae_activations.npz",
 )  # fmt: skip
 NEEDED_SETTING = {  # one that every manifest of the experiment has
     "exhaustive_feature_tracing": ("source_layer", int),

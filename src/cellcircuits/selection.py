@@ -7,13 +7,13 @@ pairs is in `combinations.py`.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import combinations, islice, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cellcircuits.combinations import CROSS, RANDOM, SAME, Combination, ComboFeature, best_term_of
+from cellcircuits.combinations import CROSS, RANDOM, SAME, Combination, ComboFeature, best_term_of, take_unused
 from cellcircuits.errors import UserError, printable
 from cellcircuits.jsonio import read_json
 
@@ -48,7 +48,12 @@ def read_selective_summary(path: Path) -> dict[str, Any]:
 
 
 def choose_pairs(
-    summary: Mapping[str, Any], target_layer: int, seed: int, features_per_layer: int = FEATURES_PER_LAYER
+    summary: Mapping[str, Any],
+    target_layer: int,
+    seed: int,
+    features_per_layer: int = FEATURES_PER_LAYER,
+    *,
+    disjoint: bool = False,
 ) -> tuple[list[Combination], list[str]]:
     """Choose pairs of traced features on different layers, before the target layer.
 
@@ -63,6 +68,8 @@ def choose_pairs(
         target_layer: layer to be read.
         seed: of both draws.
         features_per_layer: features with most edges to keep per pathway and layer.
+        disjoint: no two pairs share a feature; cross-pathway pairs then come from what the same-pathway ones leave of
+            all traced features.
 
     Returns:
         The pairs: same-pathway ones first, pathways in the order of their table and the strongest pair of each
@@ -77,10 +84,13 @@ def choose_pairs(
     if not same:
         raise UserError(_no_pair(kept, target_layer))
     rng = np.random.default_rng(seed)
-    cross = _drawn(list(_between(kept)), len(same), rng)
+    used: set[str] | None = set() if disjoint else None
+    same = [pair for pair in same if take_unused(pair, used)]
+    crossing = kept if used is None else _strongest(traced, list(kept), len(traced))
+    cross = _drawn(list(_between(crossing)), len(same), rng, used)
     # also those of a pathway kept at one layer only: they are in no pair within it, but may be in drawn ones
-    chosen = {feature.name for features in kept.values() for feature in features}
-    random = _matched_controls(same, traced, [x for x in traced if x.feature.name not in chosen], rng)
+    chosen = {feature.name for features in kept.values() for feature in features} if used is None else used
+    random = _matched_controls(same, traced, [x for x in traced if x.feature.name not in chosen], rng, used)
     notes = [
         f"{len(found)} {kind} pairs for {len(same)} same-pathway ones: the trace has no more; a larger --n-features of "
         "selective_feature_tracing.py gives more"
@@ -121,8 +131,13 @@ def _between(kept: Mapping[str, Sequence[ComboFeature]]) -> Iterator[Combination
                 yield Combination((b, a), f"{second}_x_{first}", CROSS)
 
 
-def _drawn(pairs: Sequence[Combination], wanted: int, rng: np.random.Generator) -> list[Combination]:
-    """At most `wanted` of the pairs, in their order."""
+def _drawn(
+    pairs: Sequence[Combination], wanted: int, rng: np.random.Generator, used: set[str] | None
+) -> list[Combination]:
+    """At most `wanted` of the pairs, in their order; with a set of `used` features none of these, and none twice."""
+    if used is not None:
+        ordered = (pairs[i] for i in rng.permutation(len(pairs)))
+        return list(islice((pair for pair in ordered if take_unused(pair, used)), wanted))
     chosen = rng.choice(len(pairs), min(wanted, len(pairs)), replace=False) if pairs else []
     return [pairs[i] for i in sorted(chosen)]
 
@@ -132,23 +147,30 @@ def _matched_controls(
     traced: Sequence[TracedFeature],
     free: Sequence[TracedFeature],
     rng: np.random.Generator,
+    used: set[str] | None,
 ) -> list[Combination]:
-    """One pair of free features per same-pathway pair, matched in layer and frequency, each used once."""
+    """One pair of free features per same-pathway pair, matched in layer and frequency, each pair used once.
+
+    With a set of `used` features each feature is used once.
+    """
     log_frequency = {x.feature.name: math.log(x.activation_freq) for x in traced}
-    used: set[str] = set()
+    known: set[str] = set()
     controls = []
     for pair in same:
         near = []
         for x, y in product(*([x for x in free if x.feature.layer == f.layer] for f in pair.features)):
             candidate = Combination((x.feature, y.feature), RANDOM_PATHWAY, RANDOM)
-            if candidate.name in used or (x.pathway is not None and x.pathway == y.pathway):
+            if candidate.name in known or (x.pathway is not None and x.pathway == y.pathway):
+                continue
+            if used and not used.isdisjoint(feature.name for feature in candidate.features):
                 continue
             matches = zip(pair.features, candidate.features, strict=True)
             near.append((sum(abs(log_frequency[f.name] - log_frequency[g.name]) for f, g in matches), candidate))
         near.sort(key=lambda one: (one[0], [(f.layer, f.index) for f in one[1].features]))
         if near:
             _, control = near[rng.integers(min(N_NEAREST, len(near)))]
-            used.add(control.name)
+            known.add(control.name)
+            take_unused(control, used)
             controls.append(control)
     return controls
 

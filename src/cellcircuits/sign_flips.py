@@ -99,7 +99,7 @@ class SignedSums:
         n_edges = torch.zeros(len(rows), dtype=torch.int32, device=self.device)
         n_as_large = [np.zeros(0, dtype=np.int64)]
         for part in self._parts:
-            observed = part.values.sum(dim=0).abs() - TIE * part.sizes.sum(dim=0)
+            observed = part.observed()
             once = torch.ones_like(rows[:1])
             limit, shift, least = part.limit(once, rule.min_abs_d), part.shift(once), _least(once, rule.min_consistency)
             of_part = torch.zeros(part.width, dtype=torch.int32, device=self.device)
@@ -110,6 +110,18 @@ class SignedSums:
                 n_edges[at] += is_edge.sum(dim=1, dtype=torch.int32)
             n_as_large.append(of_part.cpu().numpy().astype(np.int64))
         return np.concatenate(n_as_large), n_edges.cpu().numpy().astype(np.int64)
+
+    def n_as_large(self, flips: Flips) -> NDArray[np.int64]:
+        """The first part of `test`: how many vectors give a |sum| of at least the observed one, (n_targets,)."""
+        rows = self._rows(flips.signs)
+        found = [np.zeros(0, dtype=np.int64)]
+        for part in self._parts:
+            observed = part.observed()
+            of_part = torch.zeros(part.width, dtype=torch.int32, device=self.device)
+            for at in self._pieces(len(rows), part.width):
+                of_part += ((rows[at] @ part.values).abs_() >= observed).sum(dim=0, dtype=torch.int32)
+            found.append(of_part.cpu().numpy().astype(np.int64))
+        return np.concatenate(found)
 
     def n_edges(self, weights: NDArray[np.integer], signs: NDArray[np.int8], rule: EdgeRule) -> NDArray[np.int64]:
         """How many targets the rule calls an edge in samples of the cells, each of them flipped in several ways.
@@ -176,6 +188,10 @@ class _Columns:
         """Bring them to the device."""
         on_device, of_signs = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (values, signs))
         return cls(on_device, of_signs, on_device.abs())
+
+    def observed(self) -> Tensor:
+        """|sum| of the effects as they are, less what rounding may take from an equal one, (n_targets,)."""
+        return self.values.sum(dim=0).abs() - TIE * self.sizes.sum(dim=0)
 
     @property
     def width(self) -> int:

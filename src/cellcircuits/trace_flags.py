@@ -72,17 +72,7 @@ def add_precision_flag(group: argparse._ActionsContainer) -> None:
 def add_calibration_flags(group: argparse._ActionsContainer) -> None:
     """Add the flags that say how edges are tested."""
     defaults = CalibrationSettings()
-    group.add_argument(
-        "--sign-flips",
-        type=cli.natural,
-        default=defaults.n_draws,
-        metavar="N",
-        help="random sign vectors that test the edges of a feature; with up to 12 active cells all vectors are taken "
-        "(default: %(default)s)",
-    )
-    group.add_argument(
-        "--calibration-seed", type=sample_size, default=defaults.seed, help="seed of these (default: %(default)s)"
-    )
+    add_sign_flip_flags(group, defaults.n_draws, "edges of a feature")
     group.add_argument(
         "--min-active-cells",
         type=cli.natural,
@@ -90,6 +80,19 @@ def add_calibration_flags(group: argparse._ActionsContainer) -> None:
         metavar="N",
         help="cells in which a feature must be active for its calibrated degree to count (default: %(default)s)",
     )
+
+
+def add_sign_flip_flags(group: argparse._ActionsContainer, n_draws: int, what: str) -> None:
+    """Add `--sign-flips`, of this many sign vectors that test `what`, and `--calibration-seed`."""
+    group.add_argument(
+        "--sign-flips",
+        type=cli.natural,
+        default=n_draws,
+        metavar="N",
+        help=f"random sign vectors that test the {what}; with up to 12 active cells all vectors are taken "
+        "(default: %(default)s)",
+    )
+    group.add_argument("--calibration-seed", type=sample_size, default=0, help="seed of these (default: %(default)s)")
 
 
 def calibration_settings(args: argparse.Namespace) -> CalibrationSettings:
