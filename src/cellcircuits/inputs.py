@@ -66,6 +66,11 @@ class LayerSAE:
             return list(self.catalog.values())
         return [FeatureInfo(index, None, UNANNOTATED, ()) for index in range(self.sae.n_features)]
 
+    def labels(self) -> dict[int, str]:
+        """Label of every feature, `unannotated` where the catalog has none."""
+        known = {info.index: info.label for info in self.features()}
+        return {index: known.get(index, UNANNOTATED) for index in range(self.sae.n_features)}
+
 
 def open_model(args: argparse.Namespace) -> LoadedModel:
     """Load the model that the flags name and move it to its device.

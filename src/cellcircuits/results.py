@@ -22,10 +22,10 @@ N_HUBS = 20
 DEGREE_BINS = (0, 1, 10, 50, 100, 500, 1000, 5000, 10000)
 _FEATURE = r"L\d+_F\d+"
 HALF_WRITTEN = re.compile(
-    r"\.((manifest|progress|(exhaustive_|selective_|trajectory_|layers_)?summary|switch_features|same_position_check|calibration|graph_statistics|cell_metadata|chosen_features|feature_\d+"
-    rf"|(pair|triplet)_{_FEATURE}(_x_{_FEATURE})+|steering_F\d+_L\d+)\.json|(edges|features)\.parquet"
-    r"|(exhaustive_tracing|higher_order_ablation|trajectory_steering|graph_statistics)\.png|block_\d+\.(parquet|partial\.npz)"
-    rf"|(state_signatures|sae_activations|unfinished|rows_\d+|same_position_check_\w+|{_FEATURE}(_x_{_FEATURE})+)\.npz)\.\d+(\.[0-9a-f]{{8}})?\.tmp"
+    r"\.((manifest|progress|(exhaustive_|selective_|trajectory_|layers_)?summary|switch_features|same_position_check|calibration|graph_statistics|steering_tests|declaration|cell_metadata|chosen_features|feature_\d+"
+    rf"|(pair|triplet)_{_FEATURE}(_x_{_FEATURE})+|(steering|controlled)_F\d+_L\d+)\.json|(edges|features)\.parquet"
+    r"|(exhaustive_tracing|higher_order_ablation|trajectory_steering|controlled_steering|graph_statistics)\.png|block_\d+\.(parquet|partial\.npz)"
+    rf"|(state_signatures|sae_activations|first_half|probe|unfinished|rows_\d+|same_position_check_\w+|{_FEATURE}(_x_{_FEATURE})+)\.npz)\.\d+(\.[0-9a-f]{{8}})?\.tmp"
     r"|\.clock\.\w+\.tmp"
 )
 SUBFOLDERS = ("blocks", "partial", "effects")
