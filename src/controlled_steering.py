@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def number_list(text: str) -> tuple[float, ...]:
-    """Parse `0.1,0.4` into distinct finite numbers, ascending; `none` into no number.
+    """Parse `0.1,1.0` into distinct finite numbers, ascending; `none` into no number.
 
     Raises:
         argparse.ArgumentTypeError: something else.
@@ -76,7 +76,7 @@ def number_list(text: str) -> tuple[float, ...]:
     except ValueError:
         numbers = []
     if not numbers or not all(abs(number) < float("inf") for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of finite numbers such as 0.1,0.4, or none")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of finite numbers such as 0.1,1.0, or none")
     return tuple(numbers)
 
 
@@ -96,10 +96,10 @@ def _add_steering_flags(group: argparse._ArgumentGroup) -> None:
     add(
         "--doses",
         type=number_list,
-        default=(0.1, 0.4),
+        default=(0.1, 1.0),
         metavar="A,B",
         help="length of every edit, as a share of the mean length of the residual stream at its layer, or none "
-        "(default: 0.1,0.4)",
+        "(default: 0.1,1.0)",
     )
     add(
         "--alphas",

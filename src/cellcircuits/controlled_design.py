@@ -151,6 +151,7 @@ def declare(args: argparse.Namespace, study: Study, primary: Mapping[str, Any], 
         "doses": [asdict(dose) for dose in design.doses],
         "n_draws": args.draws,
         "halves": study.halves.facts(features),
+        "rule": study.rule.text() if study.panel is None else None,
         "probe": {**probe.facts(), "cells": study.probe_cells.source},
         "markers": marker_facts(study),
         "layers": {str(layer): layer_facts(study, design, layer) for layer in design.layers},
@@ -212,7 +213,7 @@ def chosen_panel(
         )
     write_json(args.out_dir / SWITCHES_FILE, found)
     panel = tuple(SteeredFeature(x["layer"], x["idx"], x["kind"], x["d"], x["label"]) for x in found)
-    return panel, "chosen in the first half: " + study.rule.text()
+    return panel, "switch features chosen in the first half"
 
 
 def _kind(d: float | None) -> str | None:

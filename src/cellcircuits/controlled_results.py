@@ -71,7 +71,7 @@ def report_lines(tests: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{tests['n_features']} features steered in {halves['n_steered']} early cells of the second half "
         f"({halves['n_first']} cells in the first, {halves['n_second']} in the second)",
-        f"  features: {halves['features']}",
+        f"  features: {halves['features']}; {tests['n_draws']} controls of each kind, of the same size",
         f"  probe: AUC {_number(probe['auc'])} ({_number(probe['auc_low'])} to {_number(probe['auc_high'])}) in "
         f"{probe['n_cells']} cells: {probe['cells']}",
         f"  primary: {primary['definition']}",
