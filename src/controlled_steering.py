@@ -176,7 +176,6 @@ def run(args: argparse.Namespace) -> int:
     settings, comes_from = run_settings(args, study), study.provenance()
     if args.check:
         from cellcircuits.controlled_plan import check_controlled
-
         from cellcircuits.plan_report import Plan, Seconds, show
 
         manifest.check_folder(args.out_dir, settings, comes_from, mix_versions=args.mix_versions)

@@ -4,7 +4,8 @@
 
 - exhaustive_feature_tracing: exhaustive_tracing.png (degree distribution, edges per layer, top hubs);
 - higher_order_ablation: higher_order_ablation.png (ratios by order, beside those of exactly additive effects);
-- trajectory_steering: trajectory_steering.png (state shift per feature, layer and alpha, spread over cells).
+- trajectory_steering: trajectory_steering.png (state shift per feature, layer and alpha, spread over cells);
+- controlled_steering: controlled_steering.png (features' effects beside those of their controls, readout by readout).
 """
 
 import argparse
@@ -22,12 +23,14 @@ from numpy.typing import NDArray
 from cellcircuits import cli, cli_check
 from cellcircuits.catalog import display_name
 from cellcircuits.combination_results import norm_ratio
+from cellcircuits.controlled_results import TESTS_FILE
 from cellcircuits.errors import UserError
 from cellcircuits.graph_store import read_edges, read_features
 from cellcircuits.jsonio import read_json, write_atomically
 from cellcircuits.manifest import open_folder
 from cellcircuits.plan_report import free_disk
 from cellcircuits.results import quantity_note
+from cellcircuits.steering_figures import controlled_figure
 from cellcircuits.trace_layers import holds_layers
 
 N_HUBS_SHOWN = 12
@@ -89,6 +92,7 @@ def figure_of(out_dir: Path) -> tuple[Path, Figure]:
         "exhaustive_feature_tracing": ("exhaustive_tracing.png", exhaustive_tracing),
         "higher_order_ablation": ("higher_order_ablation.png", higher_order_ablation),
         "trajectory_steering": ("trajectory_steering.png", trajectory_steering),
+        "controlled_steering": ("controlled_steering.png", controlled_steering),
     }
     if experiment not in figures:
         raise UserError(f"{out_dir}: there is no figure for {experiment}; there is one for {', '.join(figures)}.")
@@ -267,6 +271,14 @@ def trajectory_steering(out_dir: Path) -> Figure:
     panels[0].set_ylim(len(names) - 0.5, -0.5)
     figure.suptitle("Shift of the model's state towards late cells when a feature is amplified in early cells")
     return figure
+
+
+def controlled_steering(out_dir: Path) -> Figure:
+    """Features' effects and those of their controls, per readout and layer."""
+    tests = _summary(out_dir / TESTS_FILE, {"primary", "features", "layers", "halves"})
+    if not tests["features"]:
+        raise UserError(f"{out_dir}: holds no steered feature; run controlled_steering.py first.")
+    return controlled_figure(tests)
 
 
 def _steered_name(feature: Mapping[str, Any]) -> str:
