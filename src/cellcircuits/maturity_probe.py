@@ -147,18 +147,20 @@ def _interval(
 
     Resamples without an early or a late cell say nothing and are left out.
     """
-    rng, aucs = np.random.default_rng(np.random.SeedSequence([seed, 2])), []
+    rng, n_cells = np.random.default_rng(np.random.SeedSequence([seed, 2])), len(scores)
+    weights = np.zeros((N_RESAMPLES, n_cells))  # how often a cell is in a resample
     if donors is None:
-        groups = [np.flatnonzero(is_late), np.flatnonzero(~is_late)]
-        drawn = (np.concatenate([rng.choice(g, len(g)) for g in groups]) for _ in range(N_RESAMPLES))
+        for group in (np.flatnonzero(is_late), np.flatnonzero(~is_late)):
+            weights[:, group] = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), N_RESAMPLES)
     else:
-        of_donor = [np.flatnonzero(donors == donor) for donor in sorted(set(donors))]
-        picks = (rng.integers(0, len(of_donor), len(of_donor)) for _ in range(N_RESAMPLES))
-        drawn = (np.concatenate([of_donor[i] for i in pick]) for pick in picks)
-    for cells in drawn:
-        if 0 < is_late[cells].sum() < len(cells):
-            aucs.append(_auc(is_late[cells], scores[cells]))
-    if not aucs:
+        number, n_donors = np.unique(donors, return_inverse=True)[1], len(set(donors))
+        weights = rng.multinomial(n_donors, np.full(n_donors, 1 / n_donors), N_RESAMPLES)[:, number].astype(float)
+    gap = scores[is_late] - scores[~is_late][:, None]  # (n_early, n_late)
+    of_early, of_late = weights[:, ~is_late], weights[:, is_late]
+    n_pairs = of_early.sum(axis=1) * of_late.sum(axis=1)
+    wins = ((of_early @ (0.5 * (np.sign(gap) + 1))) * of_late).sum(axis=1)
+    aucs = wins[n_pairs > 0] / n_pairs[n_pairs > 0]
+    if not aucs.size:
         return None, None
     low, high = np.percentile(aucs, (2.5, 97.5))
     return float(low), float(high)
