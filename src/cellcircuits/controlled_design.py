@@ -45,11 +45,11 @@ SWITCHES_FILE = "switch_features.json"
 CONTROL_DEFINITIONS = {
     "random_feature": "another feature of the layer, drawn at random, along its decoder direction at its own active "
     "positions",
-    "frequency_matched": "the same for the features nearest in log activation frequency; none serves two features of "
-    "the panel",
+    "frequency_matched": "the same for the features nearest in log activation frequency in the first half's early "
+    "cells, so that about as many positions are moved; none serves two features of the panel",
     "random_direction": "a random direction, the same in all cells, at the feature's own positions",
     "all": "edits of the same length as the feature's, in the same cells; control features are not of the panel and "
-    f"are active in at least {MIN_CELLS_SHARE:.0%} of the first half's cells; active means a latent above 0",
+    f"are active in at least {MIN_CELLS_SHARE:.0%} of the first half's early cells; active means a latent above 0",
 }
 
 
@@ -137,7 +137,7 @@ def declare(args: argparse.Namespace, study: Study, primary: Mapping[str, Any], 
     order = study.halves.order
     design = Design(
         panel=panel,
-        facts={layer: means.layer_facts(layer) for layer in sorted({f.layer for f in panel})},
+        facts={layer: means.layer_facts(layer, order.early) for layer in sorted({f.layer for f in panel})},
         doses=study.doses(args),
         n_draws=args.draws,
         seed=args.seed,

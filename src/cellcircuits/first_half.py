@@ -52,15 +52,16 @@ class CleanMeans:
     transformed: NDArray[np.float64]
     n_gene: NDArray[np.int64]
 
-    def layer_facts(self, layer: int) -> LayerFacts:
-        """What these cells say about a layer."""
-        n_active = self.n_active[layer].sum(axis=0, dtype=np.int64)
+    def layer_facts(self, layer: int, early: NDArray[np.int64]) -> LayerFacts:
+        """What these cells say about a layer; how often features are active, the early ones among the rows."""
+        n_active, n_gene = self.n_active[layer], self.n_gene.sum()
         total = (self.activations[layer].astype(np.float64) * self.n_gene[:, None]).sum(axis=0)
+        n_positions = n_active.sum(axis=0, dtype=np.int64)
         return LayerFacts(
-            mean_norm=float(self.norms[layer].sum() / self.n_gene.sum()),
-            frequency=n_active / self.n_gene.sum(),
-            share_of_cells=(self.n_active[layer] > 0).mean(axis=0),
-            mean_latent=np.divide(total, n_active, out=np.zeros_like(total), where=n_active > 0),
+            mean_norm=float(self.norms[layer].sum() / n_gene),
+            frequency=n_active[early].sum(axis=0, dtype=np.int64) / self.n_gene[early].sum(),
+            share_of_cells=(n_active[early] > 0).mean(axis=0),
+            mean_latent=np.divide(total, n_positions, out=np.zeros_like(total), where=n_positions > 0),
         )
 
     def signatures(self, groups: tuple[NDArray[np.int64], NDArray[np.int64]], logit_map: LogitMap) -> Signatures:

@@ -5,7 +5,8 @@ An edit moves the stream by one fixed vector, the same in all cells, at the posi
     x  ->  x + norm * u,    u of length 1
 
 random_feature: another feature of the layer, its decoder direction, at its own active positions.
-frequency_matched: the same, of the features nearest in log activation frequency; none serves two features of the panel.
+frequency_matched: the same, of the features nearest in log activation frequency in early cells, so that about as many
+positions are moved; none serves two features of the panel.
 random_direction: a random u, at the panel feature's own positions.
 
 Every draw has a seed of its own, made of run, layer, feature, control and draw. NumPy only.
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 FEATURE = "feature"
 RANDOM_FEATURE, FREQUENCY_MATCHED, RANDOM_DIRECTION = "random_feature", "frequency_matched", "random_direction"
 CONTROLS = (RANDOM_FEATURE, FREQUENCY_MATCHED, RANDOM_DIRECTION)
-MIN_CELLS_SHARE = 0.05  # of the first half in which a feature must be active to be a control
+MIN_CELLS_SHARE = 0.05  # of the first half's early cells in which a feature must be active to be a control
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class LayerFacts:
 
     Attributes:
         mean_norm: mean length of the residual stream.
-        frequency: (n_features,) share of the positions where the latent is above 0.
-        share_of_cells: (n_features,) share of the cells in which it is anywhere.
-        mean_latent: (n_features,) mean of the latent where it is above 0; 0 where it nowhere is.
+        frequency: (n_features,) share of the early cells' positions where the latent is above 0.
+        share_of_cells: (n_features,) share of the early cells in which it is anywhere.
+        mean_latent: (n_features,) mean of the latent where it is above 0, in all cells; 0 where it nowhere is.
     """
 
     mean_norm: float

@@ -49,6 +49,7 @@ def controlled_figure(tests: Mapping[str, Any]) -> Figure:
         for name, marker, colour in STYLES.values()
     ]
     handles.append(Line2D([], [], color="black", linestyle=":", label="direct path alone (linear)"))
+    handles.append(Line2D([], [], color="0.3", linewidth=1.2, marker="|", label="95% over cells"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle(_title(tests))
     return figure
@@ -75,7 +76,7 @@ def _title(tests: Mapping[str, Any]) -> str:
     dose = primary["dose"]
     size = f"alpha {dose['alpha']:g}" if dose["norm"] is None else f"{dose['norm']:g} of the stream's norm"
     found = "no primary test" if primary["p"] is None else (
-        f"primary test, ON minus OFF less like features on the probe: {primary['estimate']:+.2g} "
+        f"primary test, probe: ON minus OFF features, each less features of like frequency: {primary['estimate']:+.2g} "
         f"({primary['low']:+.2g} to {primary['high']:+.2g}), p = {primary['p']:.2g}"
     )  # fmt: skip
     return (

@@ -265,12 +265,12 @@ def _of_readout(record: Mapping[str, Any], number: int, readout: str, seeds: tup
     direct = _matrix([dose["feature"]], LINEAR[readout], n_cells)
     excess = own - direct
     measured = own[np.isfinite(own)]
-    tested = None if record["analytic"] else sign_flip_p(measured, (*seeds, 0))
+    p = None if record["analytic"] else sign_flip_p(measured, (*seeds, 0))
     reason = ANALYTIC if record["analytic"] else None if len(measured) > 1 else f"steered in {len(measured)} cells"
     found = {
         "n": len(measured),
         **_with_interval("mean", own, (*seeds, 1), record["analytic"]),
-        "p": tested,
+        "p": p,
         "q": None,
         "linear_prediction": _number(grand_mean(direct)),
         **_with_interval("excess", excess, (*seeds, 2), record["analytic"]),
@@ -281,7 +281,9 @@ def _of_readout(record: Mapping[str, Any], number: int, readout: str, seeds: tup
     controls = {}
     for k, control in enumerate(CONTROLS):
         others = _matrix(dose["controls"][control], readout, n_cells)
-        controls[control] = _of_control(own[:, 0], others, (*seeds, 3, k), record["analytic"])
+        moved = _matrix(dose["controls"][control], N_MOVED, n_cells)
+        tested = _of_control(own[:, 0], others, (*seeds, 3, k), record["analytic"])
+        controls[control] = {**tested, "mean_positions": _number(grand_mean(moved))}
     return {**found, "controls": controls}
 
 
