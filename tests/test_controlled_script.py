@@ -27,16 +27,21 @@ def write_controlled_study(root: Path) -> Study:
     adata.obs["tissue_in_publication"] = ["Blood"] * N_CELLS
     adata.obs["donor"] = [f"d{i % 7}" for i in range(N_CELLS)]
     adata.write_h5ad(study.cells)
-    rows = draw_rows(np.arange(N_CELLS), N_TAKEN, N_TAKEN, 42)
+    for folder, rows in ((root, draw_rows(np.arange(N_CELLS), N_TAKEN, N_TAKEN, 42)), (root / "all", range(N_CELLS))):
+        write_pseudotime(folder, adata, rows)
+    (root / "markers.json").write_text(json.dumps({"early": EARLY, "late": [*LATE, "NONE"]}))
+    return study
+
+
+def write_pseudotime(folder: Path, adata: anndata.AnnData, rows) -> None:
+    folder.mkdir(exist_ok=True)
     content = {
         "pseudotime": [0.3 * (row % 2) + row / 200 for row in rows],
         "cell_types": [adata.obs["cell_type"].iloc[row] for row in rows],
-        "tissues": ["Blood"] * N_TAKEN,
+        "tissues": ["Blood"] * len(rows),
         "cell_ids": [str(adata.obs_names[row]) for row in rows],
     }
-    (root / "cell_metadata.json").write_text(json.dumps(content))
-    (root / "markers.json").write_text(json.dumps({"early": EARLY, "late": [*LATE, "NONE"]}))
-    return study
+    (folder / "cell_metadata.json").write_text(json.dumps(content))
 
 
 def flags_of(study: Study, out_dir: Path, *more: str) -> list[str]:
@@ -203,7 +208,7 @@ def test_mistakes(template: Study, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "named as early and as late" in said("--probe-labels", "monocyte", "Monocyte")
     (root / "markers.json").write_text('{"early": ["GENE1"], "late": ["NOBODY"]}')
     assert "none of the late markers" in said("--markers", str(root / "markers.json"))
-    all_cells = ("--n-cells", str(N_CELLS), "--cell-types", "all", "--root-cell-type", "macrophage")
+    all_cells = ("--n-cells", str(N_CELLS), "--traj-dir", str(template.root / "all"))
     assert "none is left for the probe" in said(*all_cells)
 
 

@@ -90,6 +90,14 @@ def study(effect: float, seed: int = 0, n: int = 5, layers=(0, 5), **more) -> li
     ]
 
 
+def summary_of(records: list[dict], declared: dict) -> dict:
+    """What `run_tests` says, with fewer resamples and permutations than a run takes."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(steering_tests, "N_RESAMPLES", 100)
+        monkeypatch.setattr(steering_tests, "N_PERMUTATIONS", 999)
+        return run_tests(records, declared, 42)
+
+
 class TestParts:
     def test_the_mean_over_draws_of_the_mean_over_cells(self):
         matrix = np.array([[1.0, np.nan, np.nan], [3.0, 5.0, np.nan]])
@@ -145,6 +153,9 @@ class TestParts:
         assert of_features(np.zeros(0), np.zeros(6), "ON", (0,))["estimate"] is None
 
 
+ANALYTIC = [record(17, i, kind, 3.0, analytic=True) for i, kind in enumerate(["ON", "OFF"] * 4)]
+
+
 class TestErrorRates:
     """The primary test on simulated records: only its own numbers are computed, as `run_tests` does."""
 
@@ -174,10 +185,9 @@ class TestErrorRates:
         assert np.mean(np.array(p) < 0.05) > 0.9
 
 
-@pytest.fixture(scope="module")
-def tests() -> dict:
-    analytic = [record(17, i, kind, 3.0, analytic=True) for i, kind in enumerate(["ON", "OFF"] * 4)]
-    return run_tests([*study(0.6)[::-1], *analytic], declaration(), 42)
+@pytest.fixture(scope="module", name="tests")
+def tests_of_a_study() -> dict:
+    return summary_of([*study(0.6)[::-1], *ANALYTIC], declaration())
 
 
 class TestSummary:
@@ -231,8 +241,7 @@ class TestSummary:
         )
 
     def test_the_order_of_the_records_does_not_matter(self, tests: dict):
-        analytic = [record(17, i, kind, 3.0, analytic=True) for i, kind in enumerate(["ON", "OFF"] * 4)]
-        assert run_tests([*analytic, *study(0.6)], declaration(), 42) == tests
+        assert summary_of([*ANALYTIC, *study(0.6)], declaration()) == tests
 
     def test_it_is_json_with_a_reason_for_every_gap(self, tests: dict):
         json.dumps(tests, allow_nan=False)
@@ -244,16 +253,16 @@ class TestSummary:
 
     def test_features_steered_in_few_cells_do_not_count(self):
         few = study(0.5, n=5, layers=(0,), n_cells=MIN_CELLS - 1, missing=0.0)
-        tests = run_tests(few, declaration((0,)), 42)
+        tests = summary_of(few, declaration((0,)))
         assert tests["primary"]["p"] is None and "0 features" in tests["primary"]["reason"]
         assert tests["features"][0]["readouts"]["probe"]["p"] is not None
 
     def test_a_panel_of_the_last_layer_alone_has_no_primary_test(self):
         records = [record(17, i, "ON", 1.0, analytic=True, missing=1.0) for i in range(2)]
-        tests = run_tests(records, declaration((17,)), 42)
+        tests = summary_of(records, declaration((17,)))
         assert tests["primary"]["p"] is None and tests["primary"]["reason"]
         assert tests["family"]["n_tests"] == 0
         json.dumps(tests, allow_nan=False)
         assert "no test" in "\n".join(report_lines(tests))
         controlled_figure(tests)
-        assert run_tests([], declaration((0,)), 42)["primary"]["p"] is None
+        assert summary_of([], declaration((0,)))["primary"]["p"] is None
