@@ -178,10 +178,11 @@ def run(args: argparse.Namespace) -> int:
         from cellcircuits.controlled_plan import check_controlled
         from cellcircuits.plan_report import Plan, Seconds, show
 
-        manifest.check_folder(args.out_dir, settings, comes_from, mix_versions=args.mix_versions)
+        goes_on = manifest.check_folder(args.out_dir, settings, comes_from, mix_versions=args.mix_versions)
+        fingerprint = manifest.settings_fingerprint(settings) if goes_on else None
         opening = Seconds.exactly(time.perf_counter() - started)
         plan = Plan(study.opened, study.layers, args.out_dir, settings["precision"], opening)
-        return show(check_controlled(plan, study, args), args.command)
+        return show(check_controlled(plan, study, args, fingerprint), args.command)
     with results.exclusive(args.out_dir):
         fingerprint = manifest.claim_folder(args.out_dir, settings, comes_from, mix_versions=args.mix_versions)
         design = declare(args, study, settings["primary"], fingerprint)

@@ -154,16 +154,23 @@ def test_the_figure(finished: Path, tmp_path: Path):
 
 
 def test_check_says_what_would_run_and_writes_nothing(
-    template: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    template: Study, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     from cellcircuits import probe
 
     monkeypatch.setattr(probe, "PROBE_SECONDS", 0.2)
     assert steer(template, tmp_path / "run", "--check") == 0
     said = capsys.readouterr().out
-    assert "at most 8 of layers 1, 5" in said and "21 per feature: 3 doses" in said
+    assert "at most 8 to steer, of layers 1, 5; 0 are there" in said and "21 per feature: 3 doses" in said
     assert "steered passes" in said and "Nothing was run or written." in said
     assert not (tmp_path / "run").exists()
+    shutil.copytree(finished, tmp_path / "run")
+    next((tmp_path / "run").glob("controlled_*_L1.json")).unlink()
+    before = files_in(tmp_path / "run")
+    assert steer(template, tmp_path / "run", "--check") == 0
+    said = capsys.readouterr().out
+    assert "at most 4 to steer, of layers 1; " in said and "clean passes of the first half" not in said
+    assert files_in(tmp_path / "run") == before
 
 
 def test_a_panel_of_ones_own_is_not_called_chosen_here(template: Study, tmp_path: Path):

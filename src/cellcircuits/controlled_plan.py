@@ -5,15 +5,22 @@ full panel, with the share of edits that move something measured in a few cells.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from cellcircuits.cells import Cell
 from cellcircuits.controlled_design import Study
+from cellcircuits.controlled_results import DECLARATION_FILE, read_records
 from cellcircuits.displacements import Displacement, DisplacementBench, MaskedGenes
+from cellcircuits.errors import UserError
+from cellcircuits.first_half import FIRST_HALF_FILE
 from cellcircuits.flops import ModelShape, block_flops, tail_flops
+from cellcircuits.jsonio import read_json
+from cellcircuits.maturity_probe import PROBE_FILE
 from cellcircuits.plan_report import Disk, Plan, Work, in_numbers, peak_host_bytes
 from cellcircuits.probe import Probe, Rate, by_length, is_long
 from cellcircuits.steering import CleanStates
@@ -34,13 +41,14 @@ class Timed:
     shares: list[float] = field(default_factory=list)
 
 
-def check_controlled(plan: Plan, study: Study, args: argparse.Namespace) -> Plan:
+def check_controlled(plan: Plan, study: Study, args: argparse.Namespace, fingerprint: str | None) -> Plan:
     """Fill in what a run would do.
 
     Args:
         plan: with the inputs; what is measured, the work, memory and disk are filled in.
         study: the inputs.
         args: the run's flags.
+        fingerprint: of the run where the folder holds results of it, else None.
 
     Raises:
         UserError: a pass cannot be made.
@@ -52,12 +60,16 @@ def check_controlled(plan: Plan, study: Study, args: argparse.Namespace) -> Plan
     per_layer = {layer: study.rule.n_on + study.rule.n_off for layer in study.layers}
     if study.panel is not None:
         per_layer = {layer: sum(f.layer == layer for f in study.panel) for layer in study.layers}
+    there = {} if fingerprint is None else features_there(args.out_dir, fingerprint)
+    n_there = sum(there.values())
+    per_layer = {layer: n for layer, n in per_layer.items() if layer not in finished_layers(args.out_dir, there)}
     n_edits = n_doses * (1 + len(CONTROLS) * args.draws)
+    layers = ", ".join(map(str, per_layer)) or "none"
     at_most = "" if study.panel is not None else "at most "
     plan.to_measure += [
         ("halves", f"{len(halves.first)} and {halves.n_second} cells, {halves.by}"),
         ("", f"steered: {len(steered)} of {halves.n_second_early} early cells of the second"),
-        ("features", f"{at_most}{sum(per_layer.values())} of layers {', '.join(map(str, per_layer))}"),
+        ("features", f"{at_most}{sum(per_layer.values())} to steer, of layers {layers}; {n_there} are there"),
         ("edits", f"{n_edits} per feature: {n_doses} doses, {args.draws} controls of each of {len(CONTROLS)} kinds"),
         ("markers", f"{len(masked)} of the {len(steered)} cells have early and late ones"),
         ("probe", f"{len(study.probe_cells.cells)} cells, {study.probe_cells.source}"),
@@ -67,13 +79,18 @@ def check_controlled(plan: Plan, study: Study, args: argparse.Namespace) -> Plan
     shape, n_blocks = ModelShape.of(model.config), bench.last + 1
     first = [study.opened.cells.cells[i] for i in halves.first]
     works = [
-        ("clean passes of the first half", first, 1),
-        ("clean passes of the probe's cells", study.probe_cells.cells, 1),
+        ("clean passes of the first half", first, not (there and (args.out_dir / FIRST_HALF_FILE).exists())),
+        (
+            "clean passes of the probe's cells",
+            study.probe_cells.cells,
+            not (there and (args.out_dir / PROBE_FILE).exists()),
+        ),
         ("clean passes of steered cells, plain and masked", steered, len(per_layer) * (1 + len(masked) / len(steered))),
     ]
     for name, cells, times in works:
         flops = times * n_blocks * sum(block_flops(shape, len(cell.tokens)) for cell in cells)
-        plan.works.append(Work(name, times * len(cells), flops, found.clean.seconds(flops)))
+        if times:
+            plan.works.append(Work(name, times * len(cells), flops, found.clean.seconds(flops)))
     share, n_passes, flops = float(np.mean(found.shares)), 0.0, 0.0
     for layer, n_features in per_layer.items():
         if layer < bench.last:
@@ -89,6 +106,21 @@ def check_controlled(plan: Plan, study: Study, args: argparse.Namespace) -> Plan
     plan.host_bytes = peak_host_bytes() + 2 * state + LATER_BYTES
     plan.to_measure.append(("active", f"{in_numbers(100 * share)}% of the edits move something, as a few cells show"))
     return plan
+
+
+def features_there(out_dir: Path, fingerprint: str) -> Counter[int]:
+    """{layer: how many features have a record of the run}."""
+    return Counter(record["layer"] for record in read_records(out_dir, fingerprint))
+
+
+def finished_layers(out_dir: Path, there: Mapping[int, int]) -> set[int]:
+    """Layers of which every feature that the run declared has a record; a layer with some left is run as a whole."""
+    try:
+        names = read_json(out_dir / DECLARATION_FILE)["panel"] if there else []
+    except (UserError, KeyError, TypeError):
+        return set()
+    wanted = Counter(int(name.rpartition("_L")[2]) for name in names)
+    return {layer for layer, n in wanted.items() if there.get(layer, 0) >= n}
 
 
 def _pass_flops(shape: ModelShape, n_blocks: int, cell: Cell) -> float:
