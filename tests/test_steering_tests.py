@@ -163,7 +163,7 @@ class TestErrorRates:
         values = {
             kind: np.array(
                 [
-                    steering_tests.less_controls(r, 1)["probe", "frequency_matched"]
+                    steering_tests.less_controls(r, 1)["probe", "frequency_matched"][0]
                     for r in records
                     if r["kind"] == kind and not r["analytic"]
                 ]
@@ -198,6 +198,27 @@ class TestSummary:
         keys = ("readout", "control", "contrast", "layer", "dose")
         assert not any(all(c[key] == primary[key] for key in keys) for c in tests["contrasts"])
         assert len(tests["contrasts"]) == 4 * 2 * 3 * 3 * 3 - 1
+
+    def test_the_excess_is_what_the_direct_path_leaves(self, tests: dict):
+        records = [r for r in study(0.6) if r["kind"] == "ON"]
+
+        def excess(draw: dict) -> float:
+            pairs = zip(draw["probe"], draw["probe_linear"], strict=True)
+            return np.mean([x - y for x, y in pairs if x is not None])
+
+        expected = []
+        for r in records:
+            dose = r["doses"][1]
+            controls = [excess(draw) for draw in dose["controls"]["random_direction"]]
+            expected.append(excess(dose["feature"]) - np.mean(controls))
+        (found,) = (
+            c
+            for c in tests["contrasts"]
+            if (c["layer"], c["readout"], c["control"], c["contrast"]) == ("all", "probe", "random_direction", "ON")
+            and c["dose"]["norm"] == 1.0
+        )
+        assert found["excess_estimate"] == pytest.approx(np.mean(expected))
+        assert found["excess_low"] < found["excess_estimate"] < found["excess_high"]
 
     def test_analytic_features_are_in_no_test_over_cells_and_not_in_the_primary_one(self, tests: dict):
         for feature in tests["features"]:

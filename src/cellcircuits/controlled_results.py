@@ -75,7 +75,7 @@ def report_lines(tests: Mapping[str, Any]) -> list[str]:
         f"  probe: AUC {_number(probe['auc'])} ({_number(probe['auc_low'])} to {_number(probe['auc_high'])}) in "
         f"{probe['n_cells']} cells: {probe['cells']}",
         f"  primary: {primary['definition']}",
-        f"    {_estimate(primary)}; {primary['n_on']} ON and {primary['n_off']} OFF features",
+        f"    {_estimate(primary)}; {primary['n_on']} ON and {primary['n_off']} OFF features{_excess(primary)}",
     ]
     lines += [f"  {line}" for line in _contrast_lines(tests)]
     family = tests["family"]
@@ -110,6 +110,15 @@ def _estimate(test: Mapping[str, Any]) -> str:
         return f"no test ({test['reason']})"
     q = f", q {test['q']:.2g}" if test.get("q") is not None else ""
     return f"{test['estimate']:+.2e} ({test['low']:+.1e} to {test['high']:+.1e}), p {test['p']:.2g}{q}"
+
+
+def _excess(test: Mapping[str, Any]) -> str:
+    if test["excess_low"] is None:
+        return ""
+    return (
+        f"; beyond the direct path {test['excess_estimate']:+.2e} ({test['excess_low']:+.1e} to "
+        f"{test['excess_high']:+.1e})"
+    )
 
 
 def _number(value: float | None) -> str:

@@ -6,6 +6,7 @@ sign flips and intervals from resampling cells. One contrast is primary; Benjami
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ N_RESAMPLES = 2000
 N_PERMUTATIONS = 9999
 LEVEL = 0.05
 ALL_LAYERS = "all"
+ALL_CODE = 10**6  # in seeds
 DIFFERENCE = f"{ON}_minus_{OFF}"
 TIE = 1e-12  # sums that differ by rounding count as equal, as a share of the sum of absolute values
 ANALYTIC = "closed form: no block lies between steering and readout, so cells are no independent evidence"
@@ -108,23 +110,29 @@ def of_features(
     Returns:
         estimate, low, high, p, n, n_on, n_off, reason; None with a reason for fewer than four features of a side.
     """
-    asked = {ON: (on,), OFF: (off,), DIFFERENCE: (on, off)}[contrast]
-    result: dict[str, Any] = {"estimate": None, "low": None, "high": None, "p": None}
+    asked = _asked(on, off, contrast)
+    found = _estimate("", asked, seeds)
     counts = {"n": sum(map(len, asked)), "n_on": len(on), "n_off": len(off)}
-    if all(map(len, asked)):
-        result["estimate"] = float(asked[0].mean() - (asked[1].mean() if len(asked) == 2 else 0.0))
-    too_few = next((len(side) for side in asked if len(side) < MIN_FEATURES), None)
-    if too_few is not None:
+    fewest = min(map(len, asked))
+    if fewest < MIN_FEATURES:
         sides = "a side" if len(asked) == 2 else "this kind"
-        reason = f"{too_few} features of {sides} were steered in {MIN_CELLS} cells or more, {MIN_FEATURES} are needed"
-        return {**result, **counts, "reason": reason}
-    if len(asked) == 2:
-        low, high = _interval(asked, _difference, seeds)
-        p = _permutation_p(on, off, seeds)
-    else:
-        low, high = _interval(asked, np.mean, seeds)
-        p = sign_flip_p(asked[0], seeds)
-    return {**result, "low": low, "high": high, "p": p, **counts, "reason": None}
+        reason = f"{fewest} features of {sides} were steered in {MIN_CELLS} cells or more, {MIN_FEATURES} are needed"
+        return {**found, "p": None, **counts, "reason": reason}
+    p = _permutation_p(on, off, seeds) if len(asked) == 2 else sign_flip_p(asked[0], seeds)
+    return {**found, "p": p, **counts, "reason": None}
+
+
+def _asked(on: NDArray[np.float64], off: NDArray[np.float64], contrast: str) -> tuple[NDArray[np.float64], ...]:
+    return {ON: (on,), OFF: (off,), DIFFERENCE: (on, off)}[contrast]
+
+
+def _estimate(name: str, asked: tuple[NDArray[np.float64], ...], seeds: Sequence[int]) -> dict[str, float | None]:
+    """Mean, or difference of means, with its interval where there are four features of a side."""
+    keys = [f"{name}_{key}".lstrip("_") for key in ("estimate", "low", "high")]
+    statistic = _difference if len(asked) == 2 else np.mean
+    estimate = float(statistic(*asked, axis=-1)) if all(map(len, asked)) else None
+    low, high = (None, None) if min(map(len, asked)) < MIN_FEATURES else _interval(asked, statistic, seeds)
+    return dict(zip(keys, (estimate, low, high), strict=True))
 
 
 def _difference(on: NDArray[np.float64], off: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
@@ -186,7 +194,8 @@ def _sides(records: Sequence[Mapping[str, Any]], layer: int) -> dict[str, int]:
 def _nothing(asked: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     counts = {f"n_{kind.lower()}": sum(r["kind"] == kind and not r["analytic"] for r in records) for kind in (ON, OFF)}
     reason = "no feature of a layer with a block after it"
-    return {"estimate": None, "low": None, "high": None, "p": None, "n": 0, **counts, "reason": reason}
+    nothing = dict.fromkeys(("estimate", "low", "high", "excess_estimate", "excess_low", "excess_high", "p"))
+    return {**nothing, "n": 0, **counts, "reason": reason}
 
 
 def _matrix(draws: Sequence[Mapping[str, Any]], name: str, n_cells: int) -> NDArray[np.float64]:
@@ -195,19 +204,26 @@ def _matrix(draws: Sequence[Mapping[str, Any]], name: str, n_cells: int) -> NDAr
     return np.stack(columns, axis=1) if columns else np.zeros((n_cells, 0))
 
 
-def less_controls(record: Mapping[str, Any], number: int) -> dict[tuple[str, str], float]:
-    """{(readout, control): mean of the feature minus that of its controls} at one dose, where both were measured.
+def less_controls(record: Mapping[str, Any], number: int) -> dict[tuple[str, str], tuple[float, float]]:
+    """What a feature does more than its controls at one dose, where both were measured.
 
     Draws, and features, that were steered in fewer than `MIN_CELLS` cells do not count.
+
+    Returns:
+        {(readout, control): (difference of the means, difference of their excess over the linear prediction)}.
     """
-    dose, found = record["doses"][number], {}
-    n_cells = len(record["steered_cells"])
+    dose, n_cells, found = record["doses"][number], len(record["steered_cells"]), {}
+
+    def means(draws: Sequence[Mapping[str, Any]], readout: str) -> NDArray[np.float64] | None:
+        measured, linear = (_enough(_matrix(draws, name, n_cells)) for name in (readout, LINEAR[readout]))
+        return np.array([grand_mean(measured), grand_mean(measured - linear)]) if measured.shape[1] else None
+
     for readout in READOUTS:
-        own = _enough(_matrix([dose["feature"]], readout, n_cells))
+        own = means([dose["feature"]], readout)
         for control in CONTROLS:
-            others = _enough(_matrix(dose["controls"][control], readout, n_cells))
-            if own.shape[1] and others.shape[1]:
-                found[readout, control] = float(grand_mean(own) - grand_mean(others))
+            others = means(dose["controls"][control], readout)
+            if own is not None and others is not None:
+                found[readout, control] = tuple((own - others).tolist())
     return found
 
 
@@ -217,7 +233,7 @@ def _enough(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _contrasts(
     records: Sequence[Mapping[str, Any]],
-    values: Sequence[Sequence[Mapping[tuple[str, str], float]]],
+    values: Sequence[Sequence[Mapping[tuple[str, str], tuple[float, float]]]],
     declaration: Mapping[str, Any],
     seed: int,
 ) -> Iterator[dict[str, Any]]:
@@ -228,19 +244,20 @@ def _contrasts(
     groups[ALL_LAYERS] = [i for i, record in enumerate(records) if not record["analytic"]]
     for layer, members in groups.items():
         analytic = layer != ALL_LAYERS and bool(records[members[0]]["analytic"])
-        code = len(declaration["layers"]) + 10**6 if layer == ALL_LAYERS else int(layer)
-        for number, dose in enumerate(declaration["doses"]):
-            for r, readout in enumerate(READOUTS):
-                for k, control in enumerate(CONTROLS):
-                    on, off = (
-                        np.array([values[i][number][readout, control] for i in members
-                                  if records[i]["kind"] == kind and (readout, control) in values[i][number]])
-                        for kind in (ON, OFF)
-                    )  # fmt: skip
-                    head = {"layer": layer, "dose": dict(dose), "readout": readout, "control": control}
-                    for c, contrast in enumerate((DIFFERENCE, ON, OFF)):
-                        tested = of_features(on, off, contrast, (seed, 1, code, number, r, k, c))
-                        yield {**head, "contrast": contrast, "analytic": analytic, **tested}
+        code = ALL_CODE if layer == ALL_LAYERS else int(layer)
+        asked = product(enumerate(declaration["doses"]), enumerate(READOUTS), enumerate(CONTROLS))
+        for (number, dose), (r, readout), (k, control) in asked:
+            on, off = (
+                np.array([found[readout, control] for i in members if records[i]["kind"] == kind
+                          and (readout, control) in (found := values[i][number])]).reshape(-1, 2)
+                for kind in (ON, OFF)
+            )  # fmt: skip
+            head = {"layer": layer, "dose": dict(dose), "readout": readout, "control": control}
+            for c, contrast in enumerate((DIFFERENCE, ON, OFF)):
+                seeds = (seed, 1, code, number, r, k, c)
+                tested = of_features(on[:, 0], off[:, 0], contrast, seeds)
+                excess = _estimate("excess", _asked(on[:, 1], off[:, 1], contrast), (*seeds, 1))
+                yield {**head, "contrast": contrast, "analytic": analytic, **tested, **excess}
 
 
 def _of_feature(record: Mapping[str, Any], number: int, seed: int) -> dict[str, Any]:
