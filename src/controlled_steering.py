@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
   python src/controlled_steering.py --model demo/model --data-root demo --data-path demo/cells.h5ad \\
       --cell-type-column marker_group --cell-types 'monocyte;macrophage_like' --tissues all --n-cells 240 \\
       --root-cell-type monocyte --root-markers S100A8,VCAN --disconnected drop --markers demo/markers.json \\
-      --probe-labels monocyte macrophage_like --n-steered 12 --draws 2 --out-dir results/try""",
+      --probe-labels monocyte macrophage_like --n-on 4 --n-off 4 --n-steered 20 --draws 2 --out-dir results/try""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     cli.add_model_flags(parser)
