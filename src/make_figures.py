@@ -7,7 +7,8 @@
 - higher_order_ablation: higher_order_ablation.png (ratios by order beside those of exactly additive effects,
   redundancy index);
 - trajectory_steering: trajectory_steering.png (state shift per feature, layer and alpha, spread over cells);
-- specificity_controls: specificity.png (edges of features and of their controls, and how many targets they share).
+- specificity_controls: specificity.png (edges of features and of their controls, and how many targets they share);
+- controlled_steering: controlled_steering.png (features' effects beside those of their controls, readout by readout).
 """
 
 import argparse
@@ -26,6 +27,7 @@ from cellcircuits.additivity_figures import combination_figure
 from cellcircuits.calibration_figures import calibration_figure
 from cellcircuits.catalog import display_name
 from cellcircuits.combination_results import KINDS
+from cellcircuits.controlled_results import TESTS_FILE
 from cellcircuits.errors import UserError
 from cellcircuits.graph_store import read_edges, read_features
 from cellcircuits.jsonio import read_json, write_atomically
@@ -34,6 +36,7 @@ from cellcircuits.plan_report import free_disk
 from cellcircuits.results import quantity_note
 from cellcircuits.specificity_figures import specificity_figure
 from cellcircuits.stats import EdgeRule
+from cellcircuits.steering_figures import controlled_figure
 from cellcircuits.trace_folder import CALIBRATION
 from cellcircuits.trace_layers import holds_layers
 
@@ -101,6 +104,7 @@ def figures_of(out_dir: Path) -> list[tuple[Path, Figure]]:
         "higher_order_ablation": {"higher_order_ablation.png": higher_order_ablation},
         "trajectory_steering": {"trajectory_steering.png": trajectory_steering},
         "specificity_controls": {"specificity.png": specificity_controls},
+        "controlled_steering": {"controlled_steering.png": controlled_steering},
     }
     if experiment not in figures:
         raise UserError(f"{out_dir}: there is no figure for {experiment}; there is one for {', '.join(figures)}.")
@@ -214,6 +218,14 @@ def trajectory_steering(out_dir: Path) -> Figure:
     panels[0].set_ylim(len(names) - 0.5, -0.5)
     figure.suptitle("Shift of the model's state towards late cells when a feature is amplified in early cells")
     return figure
+
+
+def controlled_steering(out_dir: Path) -> Figure:
+    """Features' effects and those of their controls, per readout and layer."""
+    tests = _summary(out_dir / TESTS_FILE, {"primary", "features", "layers", "halves"})
+    if not tests["features"]:
+        raise UserError(f"{out_dir}: holds no steered feature; run controlled_steering.py first.")
+    return controlled_figure(tests)
 
 
 def _steered_name(feature: Mapping[str, Any]) -> str:

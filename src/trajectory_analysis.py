@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cellcircuits import cli, cli_check, manifest, results, trajectory_flags
-from cellcircuits.catalog import UNANNOTATED
 from cellcircuits.errors import UserError
 from cellcircuits.input_counts import inputs_entry, left_out_lines
 from cellcircuits.jsonio import write_atomically, write_json
@@ -186,7 +185,9 @@ def analyse(
     statistics = {
         layer: switches.layer_statistics(activations[f"layer_{layer}"], order, rule.min_freq) for layer in layers
     }
-    panel = switches.switch_features(statistics, rule, {layer: labels_of(layers[layer]) for layer in layers})
+    panel = switches.switch_features(
+        statistics, rule, {layer: opened_sae.labels() for layer, opened_sae in layers.items()}
+    )
     summary = {
         **summarise(opened, trajectory, statistics, panel, rule),
         "confounds": confounds(pseudotime, n_genes, depth),
@@ -213,12 +214,6 @@ def write_activations(path: Path, activations: Mapping[str, "NDArray[np.float32]
 
     texts = {"cell_ids": np.array(names), "about": np.array(ABOUT)}
     write_atomically(path, lambda stream: np.savez_compressed(stream, **activations, **texts))
-
-
-def labels_of(layer: "LayerSAE") -> dict[int, str]:
-    """Label of every feature of an SAE, `unannotated` where its catalog has none."""
-    known = {info.index: info.label for info in layer.features()}
-    return {index: known.get(index, UNANNOTATED) for index in range(layer.sae.n_features)}
 
 
 def summarise(

@@ -50,6 +50,9 @@ COMMANDS = {  # name: script and flags; {study} holds the inputs, {out} is the f
     "steering": f"trajectory_steering {_TRAJECTORY} --panel {{study}}/panel.json --out-dir {{out}}",
     "specificity": f"specificity_controls {_CELLS} --trace-dir {{study}}/trace --n-features 4 --draws 2 "
     "--min-active-cells 2 --out-dir {out}",
+    "controlled": f"controlled_steering {_TRAJECTORY} --layers 1,5 --n-on 2 --n-off 2 --draws 1 --doses 0.5 "
+    "--probe-data-path {study}/others.h5ad --probe-labels macrophage Monocyte --markers {study}/markers.json "
+    "--seed 2 --out-dir {out}",
     "prepare": f"prepare_inputs {_CELLS} --data-root {{out}} --layers 1,4 --expansion 2 --k 4 --epochs 3 "
     "--batch-size 32 --min-firings 2 --gmt GO_BP={study}/terms.gmt",
 }
@@ -85,6 +88,9 @@ def write_inputs(root: Path) -> None:
         "tissues": ["Blood"] * adata.n_obs,
         "cell_ids": list(adata.obs_names),
     }
+    others = adata.copy()  # for the probe: the same genes in another order, so that no cell is one of the run's
+    others.X = adata.X[:, ::-1].copy()
+    others.write_h5ad(root / "others.h5ad")
     rng = np.random.default_rng(0)
     terms = [["term", "", *(f"GENE{gene}" for gene in rng.choice(60, 12, replace=False))] for _ in range(25)]
     texts = {
@@ -92,6 +98,9 @@ def write_inputs(root: Path) -> None:
         "panel.json": json.dumps(PANEL),
         "pairs.txt": PAIRS,
         "triplets.txt": TRIPLETS,
+        "markers.json": json.dumps(
+            {"early": [f"GENE{i}" for i in range(30)], "late": [f"GENE{i}" for i in range(30, 60)]}
+        ),
         "terms.gmt": "".join("\t".join([f"{words[0]}{i}", *words[1:]]) + "\n" for i, words in enumerate(terms)),
     }
     for name, text in texts.items():

@@ -33,7 +33,7 @@ def select_rows(obs: pd.DataFrame, selection: "CellSelection", where: str) -> np
     for column, value in selection.obs_filters:
         values_of.setdefault(column, []).append(value)
     for column, values in values_of.items():
-        texts = _texts(obs, column, where, "filter on one of these (--obs-filter COLUMN=VALUE)")
+        texts = column_texts(obs, column, where, "filter on one of these (--obs-filter COLUMN=VALUE)")
         passed = keep & np.isin(texts, values)
         if not passed.any():
             among = "" if keep.all() else " among those that pass the other filters"
@@ -90,7 +90,7 @@ def mixture_notes(obs: pd.DataFrame, matched: np.ndarray, selection: "CellSelect
 def _controls(obs: pd.DataFrame, keep: np.ndarray, selection: "CellSelection", where: str) -> np.ndarray:
     column, values = selection.control_column, selection.control_values
     mend = "name the one with the CRISPRi target (--control-column), or take every cell with --cells all"
-    texts = _texts(obs, column, where, mend)
+    texts = column_texts(obs, column, where, mend)
     controls = keep & np.isin(texts, values)
     if not controls.any():
         among = "" if keep.all() else " among the cells that pass the filters"
@@ -102,7 +102,18 @@ def _controls(obs: pd.DataFrame, keep: np.ndarray, selection: "CellSelection", w
     return controls
 
 
-def _texts(obs: pd.DataFrame, column: str, where: str, mend: str) -> np.ndarray:
+def column_texts(obs: pd.DataFrame, column: str, where: str, mend: str) -> np.ndarray:
+    """A column of the table of cells as text, (n_rows,); missing values become ''.
+
+    Args:
+        obs: the table.
+        column: its column.
+        where: the file, for errors.
+        mend: what to do where there is no such column.
+
+    Raises:
+        UserError: there is none.
+    """
     if column not in obs.columns:
         there_are = ", ".join(map(str, obs.columns)) or "none"
         raise UserError(f"{where}: obs has no column {column!r}; there are: {there_are}; {mend}.")

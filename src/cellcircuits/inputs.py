@@ -70,6 +70,11 @@ class LayerSAE:
             return list(self.catalog.values())
         return [FeatureInfo(index, None, UNANNOTATED, ()) for index in range(self.sae.n_features)]
 
+    def labels(self) -> dict[int, str]:
+        """Label of every feature, `unannotated` where the catalog has none."""
+        known = {info.index: info.label for info in self.features()}
+        return {index: known.get(index, UNANNOTATED) for index in range(self.sae.n_features)}
+
 
 def control_candidates(layer: int, layer_sae: LayerSAE) -> dict[int, Candidate]:
     """The features of a layer with a catalog, as matched controls are drawn from them; pathways by our own keywords.

@@ -22,7 +22,8 @@ MANIFEST = "manifest.json"
 RESULTS = (
     "feature_*.json", "pair_*.json", "triplet_*.json", "steering_*.json", "*summary.json", "cell_metadata.json",
     "switch_features.json", "same_position_check.json", "calibration.json", "specificity*.json", "additivity.json",
-    "*.parquet", "blocks", "partial", "effects", "state_signatures.npz", "sae_activations.npz",
+    "controlled_*.json", "steering_tests.json", "declaration.json", "first_half.npz", "probe.npz", "*.parquet", "blocks",
+    "partial", "effects", "state_signatures.npz", "sae_activations.npz",
 )  # fmt: skip
 NEEDED_SETTING = {  # one that every manifest of the experiment has
     "exhaustive_feature_tracing": ("source_layer", int),
@@ -30,11 +31,12 @@ NEEDED_SETTING = {  # one that every manifest of the experiment has
     "trajectory_steering": ("alphas", list),
     "trajectory_analysis": ("layers", list),
     "specificity_controls": ("draws", int),
+    "controlled_steering": ("doses", list),
 }
 SOURCES = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "transformers", "numpy", "scipy", "anndata", "scanpy", "pandas", "h5py", "pyarrow")
 NUMERIC = ("torch", "transformers", "numpy")  # what computes; cells and SAEs are compared by their content
-ALSO_NUMERIC = {"trajectory_analysis": ("scanpy", "scipy")}
+ALSO_NUMERIC = {"trajectory_analysis": ("scanpy", "scipy"), "controlled_steering": ("scanpy", "scipy")}
 
 
 @cache

@@ -10,6 +10,7 @@ single positions never exist: the last step of the head is linear, so the mean o
 and what a cell leaves behind has d_model numbers instead of n_vocab.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from torch import Tensor
 from cellcircuits.cells import Cell
 from cellcircuits.device import batch_memory
 from cellcircuits.effects import TopKLatents
+from cellcircuits.errors import UserError
 from cellcircuits.finite import SMALLER_ALPHAS, require_finite, require_finite_stream, stream_at
 from cellcircuits.geneformer import edited, head_parts, masked_logits, residuals
 from cellcircuits.interventions import scale_features
@@ -31,7 +33,7 @@ from sae_model import TopKSAE
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM
 
-
+log = logging.getLogger(__name__)
 HEAD = "the transform of the language-model head"
 STEERED = "the residual stream at the last layer after steering"
 
@@ -228,3 +230,18 @@ def is_active(latents: TopKLatents, feature: int) -> bool:
 def moves(latents: TopKLatents, run: SteeringRun) -> bool:
     """Whether a run changes the stream anywhere: not where alpha is 1 or the latent 0 wherever it is selected."""
     return run.alpha != 1 and bool(latents.values[latents.features == run.feature].any())
+
+
+def smaller_batch(size: int, cell: Cell) -> int:
+    """Half of a batch size that did not fit.
+
+    Raises:
+        UserError: it was 1.
+    """
+    if size == 1:
+        raise UserError(
+            f"cell {cell.name}: not even one steered pass fits in the device's memory; free some of it, lower "
+            "--max-tokens or take --device cpu."
+        ) from None
+    log.warning("Out of memory: going on with batches of %d steered passes.", size // 2)
+    return size // 2

@@ -20,7 +20,15 @@ from cellcircuits.errors import UserError
 from cellcircuits.jsonio import discard, write_atomically, write_json
 from cellcircuits.panel import PanelFeature
 from cellcircuits.state_shift import LogitMap, Signatures, alpha_result, state_shifts
-from cellcircuits.steering import CleanStates, SteeringBench, SteeringRun, is_active, moves, steered_logit_change
+from cellcircuits.steering import (
+    CleanStates,
+    SteeringBench,
+    SteeringRun,
+    is_active,
+    moves,
+    smaller_batch,
+    steered_logit_change,
+)
 from cellcircuits.steering_state import Unfinished, marks_in, read_arrays
 from cellcircuits.tracing import SAVE_EVERY_SECONDS, within_memory
 
@@ -205,27 +213,13 @@ class Steerer:
                 except RuntimeError as error:
                     if not is_out_of_memory(error):
                         raise
-                    size = self.batch_size = self.smaller_batch(len(batch), clean.cell)
+                    size = self.batch_size = smaller_batch(len(batch), clean.cell)
                     continue
                 so_far.mean_changes[row, features, alphas] = changes
                 so_far.done[row, features, alphas] = True
                 self.spent.n_steered_runs += sum(moves(latents, run) for run in batch)
                 save()
             left = left[size:]
-
-    def smaller_batch(self, size: int, cell: Cell) -> int:
-        """Half of a batch size that did not fit.
-
-        Raises:
-            UserError: it was 1.
-        """
-        if size == 1:
-            raise UserError(
-                f"cell {cell.name}: not even one steered pass fits in the device's memory; free some of it, lower "
-                "--max-tokens or take --device cpu."
-            ) from None
-        log.warning("Out of memory: going on with batches of %d steered passes.", size // 2)
-        return size // 2
 
     def check_engine(self, clean: CleanStates, layer: int, latents: TopKLatents, runs: Sequence[SteeringRun]) -> None:
         """Compare a steered pass with a full hooked one with complete logits, before trusting the engine.
