@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from cellcircuits import combination_results
 from cellcircuits.cells import Cell
+from cellcircuits.clock import recorded_seconds
 from cellcircuits.combination_stats import CombinationEffects, combination_statistics, condition_name, conditions
 from cellcircuits.combinations import LISTED, Combination
 from cellcircuits.device import host_memory, is_out_of_memory
@@ -193,7 +194,7 @@ class CombinationRun:
             raise
         if self.save_effects:
             self.write_effects(combination, so_far)
-        spent = {"n_block_runs": so_far.n_block_runs, "elapsed_seconds": so_far.seconds}
+        spent = {"n_block_runs": so_far.n_block_runs, "elapsed_seconds": recorded_seconds(so_far.seconds)}
         numbers = combination_statistics(so_far.effects(), len(features), self.rule)
         self.write_record(combination, numbers | spent)
         discard(partial)

@@ -17,6 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cellcircuits.calibration import Calibrator, FeatureCalibration, hedges_g
+from cellcircuits.clock import recorded_seconds
 from cellcircuits.device import is_out_of_memory
 from cellcircuits.edge_fdr import CalibrationSettings
 from cellcircuits.effects import Bench, CleanCell
@@ -201,7 +202,7 @@ def block_shard(
             "feature_idx": feature,
             "n_cells_active": len(effects),
             "n_cells_measured": block.measured.shape[1],
-            "elapsed_seconds": float(block.seconds[j]),
+            "elapsed_seconds": recorded_seconds(block.seconds[j]),
             "calibration": tested.counts,
             "fingerprint": fingerprint,
         }
