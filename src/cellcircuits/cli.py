@@ -19,7 +19,7 @@ from cellcircuits.tokenizer import TOKENIZATIONS
 
 DEFAULT_MODEL = "ctheodoris/Geneformer"
 DEFAULT_SUBFOLDER = "Geneformer-V2-316M"
-DEFAULT_OUT_DIR = Path("results/exhaustive_tracing")
+DEFAULT_OUT_DIR = Path("results/runs/exhaustive_tracing")
 EXIT_USER_ERROR = 2
 EXIT_SIGNAL = 128
 
