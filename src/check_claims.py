@@ -15,11 +15,10 @@ from cellcircuits.collected import text_file
 from cellcircuits.errors import UserError
 from cellcircuits.files import read_bounded
 from cellcircuits.jsonio import write_json
-from cellcircuits.kept_results import Results
+from cellcircuits.kept_results import PUBLISHED, Results
 from cellcircuits.study_claims import END, START, judge, markdown, table
 
 MAX_README_BYTES = 1 << 22
-PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "published.json"
 
 
 def add_results_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
-"""Draw what an output folder holds; its manifest says which experiment that is.
+"""Draw what an output folder holds; its manifest says which experiment that is. With --results, the main figures.
 
     python src/make_figures.py --out-dir results/layer5
+    python src/make_figures.py --results results --out-dir paper/figures
 
 - exhaustive_feature_tracing: exhaustive_tracing.png (degree distribution, edges per layer, top hubs);
 - higher_order_ablation: higher_order_ablation.png (ratios by order, beside those of exactly additive effects);
@@ -25,6 +26,8 @@ from cellcircuits.combination_results import norm_ratio
 from cellcircuits.errors import UserError
 from cellcircuits.graph_store import read_edges, read_features
 from cellcircuits.jsonio import read_json, write_atomically
+from cellcircuits.kept_results import PUBLISHED, Results
+from cellcircuits.main_figures import FIGURES, draw_all, tables
 from cellcircuits.manifest import open_folder
 from cellcircuits.plan_report import free_disk
 from cellcircuits.results import quantity_note
@@ -38,7 +41,21 @@ COLOUR, ADDITIVE_COLOUR, DOT_COLOUR = "#2f6f8f", "#b0b0b0", "#1a3c4d"
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description="Draw the results of an experiment into one picture beside them.")
-    cli.add_out_dir_flag(parser, "folder of the experiment's results")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="draw the main figures of these kept results (collect_results.py) into --out-dir: PDF, PNG, CSV",
+    )
+    parser.add_argument(
+        "--published",
+        type=Path,
+        default=PUBLISHED,
+        metavar="FILE",
+        help="the study's own figures, for --results (default: results/published.json of this software)",
+    )
+    cli.add_out_dir_flag(parser, "folder of the experiment's results, or where the main figures go")
     cli_check.add_check_flag(parser, "draw")
     return parser
 
@@ -46,7 +63,24 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     args = cli_check.parse(build_parser(), argv)
+    if args.results is not None:
+        return cli.run_script(lambda: draw_main(args), "run the same command again.")
     return cli.run_script(lambda: check(args) if args.check else draw(args.out_dir), "nothing was changed.")
+
+
+def draw_main(args: argparse.Namespace) -> int:
+    """Draw the main figures, or say what would be drawn; returns the exit status.
+
+    Raises:
+        UserError: a result is missing or malformed, or the folder cannot be written.
+    """
+    results = Results(args.results, args.published)
+    if args.check:
+        n_points = sum(text.count("\n") - 1 for text in tables(results).values())
+        print(f"{len(FIGURES)} figures of {n_points:,} points to draw into {args.out_dir}.\nDraw: {args.command}")
+        return 0
+    draw_all(results, args.out_dir, lambda name: print(f"Figure: {args.out_dir / name}.pdf, .png, .csv"))
+    return 0
 
 
 def check(args: argparse.Namespace) -> int:

@@ -315,7 +315,7 @@ def run_script(main: Callable[[], int], go_on: str) -> int:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(OneLine())
         logging.basicConfig(level=logging.INFO, handlers=[handler])
-        for chatty in ("httpx", "torch"):
+        for chatty in ("httpx", "torch", "fontTools"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
         try:
             return _status(main, go_on)

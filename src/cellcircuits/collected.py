@@ -28,7 +28,7 @@ NEEDED = {
     SELECTIVE: ("selective_summary.json",),
     PAIRS: (MANIFEST, "summary.json"),
     TRIPLETS: (MANIFEST, "summary.json"),
-    TRAJECTORY: (MANIFEST, "trajectory_summary.json", "switch_features.json"),
+    TRAJECTORY: (MANIFEST, "trajectory_summary.json"),
     STEERING: (MANIFEST, "summary.json", "state_signatures.npz"),
 }
 # of analyses that may not have been run, and records of a number that differs

@@ -9,6 +9,7 @@ from cellcircuits.errors import UserError
 from cellcircuits.jsonio import read_json
 
 MEND = "make it again with `make results`"
+PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published.json"
 
 
 @dataclass(frozen=True)

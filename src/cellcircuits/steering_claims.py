@@ -150,7 +150,7 @@ CLAIMS = (
     Claim(
         "Dose",
         "Steering grows with its dose",
-        "{revision_dose_monotone} of {revision_dose_tested} feature and readout pairs in the revision; not tested before",
+        "{revision_dose_monotone} of {revision_dose_tested} feature and readout pairs in the revision; untested before",
         "experiment 3 at two alphas or more",
         "as often as not; the last layer, where it is trivial, is left out",
         "holds where more than half of the features grow, interval above one half",

@@ -46,14 +46,14 @@ def six_lines(results: Results, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     names = {verdict: "; ".join(row["claim"] for row in of) or "none" for verdict, of in by_verdict.items()}
     n_features, layer = count(summary.number("n_features_traced")), summary.get("source_layer")
     return [
-        f"{results.inputs_name}: removing each of {n_features} features of layer {layer} gives {count(n_edges)} edges by "
-        f"the study's rule; expected by chance: {chance}.",
+        f"{results.inputs_name}: removing each of {n_features} features of layer {layer} gives {count(n_edges)} edges "
+        f"by the study's rule; expected by chance: {chance}.",
         f"{count(n_calibrated)} edges{survive} survive a test of their own, corrected over all tests; of the "
         f"{count(n_hubs)} features with most edges {count(n_kept)} stay among them.",
         f"{len(by_verdict[HOLDS])} of {len(rows)} claims hold: {names[HOLDS]}.",
         f"{len(by_verdict[FAILS])} do not hold: {names[FAILS]}.",
         f"{len(by_verdict[OPEN])} cannot be said here: {names[OPEN]}.",
-        f"These are verdicts on the {results.inputs_name} by rules fixed beforehand (claims.json), not on other inputs.",
+        f"These are verdicts on the {results.inputs_name} by rules fixed beforehand (claims.json), not on others.",
     ]
 
 

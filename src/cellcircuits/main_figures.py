@@ -1,0 +1,67 @@
+"""The main figures of a folder of results: PDF, PNG and a table of what is drawn, for each."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from matplotlib.figure import Figure
+
+from cellcircuits.collected import text_file
+from cellcircuits.figures import genes, hubs, overview, redundancy, steering, summary
+from cellcircuits.figures.style import Point, as_csv, styled
+from cellcircuits.jsonio import write_atomically
+from cellcircuits.kept_results import Results
+
+# each module has `points(results) -> list[Point]` and `draw(points, inputs_name) -> Figure`
+FIGURES: dict[str, ModuleType] = {
+    "figure1_overview": overview,
+    "figure2_hubs": hubs,
+    "figure3_redundancy": redundancy,
+    "figure4_steering": steering,
+    "figure5_genes": genes,
+    "figure6_summary": summary,
+}
+
+
+def draw_all(results: Results, out_dir: Path, on_figure: Callable[[str], None] = lambda name: None) -> None:
+    """Draw every figure into `out_dir`; a file is replaced whole or not at all.
+
+    Args:
+        results: what to draw.
+        out_dir: created where missing.
+        on_figure: called with the name of each figure once its files are there.
+
+    Raises:
+        UserError: a result is missing or malformed, or the folder cannot be written.
+    """
+    inputs_name = results.inputs_name
+    for name, module in FIGURES.items():
+        points = module.points(results)
+        with styled():
+            _save(module.draw(points, inputs_name), out_dir / name)
+        text_file(out_dir / f"{name}.csv", as_csv(points, inputs_name))
+        on_figure(name)
+
+
+def tables(results: Results) -> dict[str, str]:
+    """The table of every figure, by file name.
+
+    Raises:
+        UserError: a result is missing or malformed.
+    """
+    inputs_name = results.inputs_name
+    return {f"{name}.csv": as_csv(module.points(results), inputs_name) for name, module in FIGURES.items()}
+
+
+def figure_of(name: str, points: Sequence[Point], inputs_name: str) -> Figure:
+    """One figure, in our style."""
+    with styled():
+        return FIGURES[name].draw(points, inputs_name)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # without a date the bytes are the same every time
+    undated = {"CreationDate": None}
+    pdf, png = path.with_suffix(".pdf"), path.with_suffix(".png")
+    write_atomically(pdf, lambda stream: figure.savefig(stream, format="pdf", metadata=undated))
+    write_atomically(png, lambda stream: figure.savefig(stream, format="png"))
