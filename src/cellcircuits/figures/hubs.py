@@ -125,7 +125,8 @@ def _draw_shares(axes: Axes, drawn: Sequence[Point]) -> None:
             intervals(axes, known, color=colour, linewidth=0.8)
     tenths = sorted({(p.x, p.name.removeprefix("tenth ")) for p in of if p.name.startswith("tenth")})
     axes.set_xticks([0, *(x for x, _ in tenths)], ["top", *(name for _, name in tenths)])
-    axes.set_ylim(0, 1.35 * max([p.high or p.y or 0 for p in of] + [0.05]))
+    top = max([p.high or p.y or 0 for p in of] + [0.05])
+    axes.set_ylim(-0.03 * top, 1.35 * top)
     axes.legend(loc="upper left")
 
 

@@ -112,6 +112,7 @@ def _draw_coverage(axes: Axes, of: Sequence[Point]) -> None:
     axes.plot([point.x for point in known], [point.y for point in known], "o", color=BLUE)
     intervals(axes, known, color=BLUE)
     axes.set_xticks([point.x for point in of], [f"{p.name}\n{p.series.replace(' in all', '')}" for p in of])
+    axes.tick_params(axis="x", labelsize=6)
     axes.set(xlim=(-0.6, 1.6))
     axes.set_ylim(0, 1.25 * max((point.high or 1 for point in known), default=1))
 

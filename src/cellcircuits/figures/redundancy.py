@@ -79,7 +79,7 @@ def draw(drawn: Sequence[Point], inputs_name: str) -> Figure:
 
 
 def _draw_ratios(axes: Axes, drawn: Sequence[Point]) -> None:
-    axes.set(ylabel="joint |d| over the sum of single |d|", title="a  The study's ratio falls, as additive effects do")
+    axes.set(ylabel="joint |d| over the sum of single |d|", title="a  The study's ratio")
     for series, colour, mark in ((OBSERVED, BLUE, "o"), (ADDITIVE, ORANGE, "s")):
         of = [p for p in chosen(drawn, RATIO, series) if p.y is not None]
         jitter = np.random.default_rng(0).uniform(-0.08, 0.08, len(of))
@@ -102,7 +102,7 @@ def _draw_ratios(axes: Axes, drawn: Sequence[Point]) -> None:
 
 
 def _draw_indices(axes: Axes, of: Sequence[Point]) -> None:
-    axes.set(ylabel="redundancy index", title="b  Size of mean effects: 0 is exactly additive")
+    axes.set(ylabel="redundancy index", title="b  Size of mean effects, 0 is exactly additive")
     if not of:
         say(axes, "not measured")
         return

@@ -97,7 +97,7 @@ def draw(drawn: Sequence[Point], inputs_name: str) -> Figure:
     left.set_yticks(list(rows), [shortened(name, 52) for name in rows.values()], fontsize=5.5)
     left.set_ylim(max(rows, default=1.0) + 0.8, 0.2)
     right.tick_params(axis="y", labelleft=False)
-    right.legend(*left.get_legend_handles_labels(), loc="upper right")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper right", ncols=len(LOOKS))
     return figure
 
 

@@ -5,7 +5,7 @@ from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle, FancyArrowPatch
+from matplotlib.patches import FancyArrowPatch
 
 from cellcircuits.claim import FAILS, HOLDS, OPEN
 from cellcircuits.collected import BY_LAYER, TRACE
@@ -62,24 +62,24 @@ def draw(drawn: Sequence[Point], inputs_name: str) -> Figure:
 
 
 def _draw_layers(axes: Axes, of: Sequence[Point]) -> None:
-    axes.set_title("a  Calibrated edges")
+    axes.set_title("a  Calibrated")
     axes.axis("off")
     levels = {point.x: i for i, point in enumerate(sorted(of, key=lambda p: p.x))}
     most = max((p.y for p in of if p.y), default=1)
     for point in of:
         level = levels[point.x]
         face, letters = (BLUE, "white") if point.series == "source" else (SKY, "black")
-        axes.add_patch(Circle((0, level), 0.22, facecolor=face, edgecolor="none"))
+        axes.plot(0, level, "o", color=face, markersize=18)
         axes.text(0, level, point.name, ha="center", va="center", color=letters)
         if point.y:
             width = max(0.4, MAX_WIDTH * point.y / most)
             arrow = FancyArrowPatch(
-                (0.24, 0.05), (0.24, level), connectionstyle=f"arc3,rad={0.25 + 0.1 * level}", linewidth=width,
+                (0.3, 0.05), (0.3, level), connectionstyle=f"arc3,rad={0.25 + 0.1 * level}", linewidth=width,
                 arrowstyle="-", color=BLUE, alpha=0.35, capstyle="butt",
             )  # fmt: skip
             axes.add_patch(arrow)
-            axes.text(-0.3, level, f"{point.y:,.0f}", ha="right", va="center")
-    axes.set(xlim=(-1.1, 1.5), ylim=(-0.5, len(levels) - 0.4))
+            axes.text(-0.42, level, f"{point.y:,.0f}", ha="right", va="center")
+    axes.set(xlim=(-1.3, 1.7), ylim=(-0.5, len(levels) - 0.4))
 
 
 def _draw_funnel(axes: Axes, of: Sequence[Point]) -> None:
