@@ -15,23 +15,10 @@ from cellcircuits.collected import text_file
 from cellcircuits.errors import UserError
 from cellcircuits.files import read_bounded
 from cellcircuits.jsonio import write_json
-from cellcircuits.kept_results import PUBLISHED, Results
+from cellcircuits.kept_results import Results, add_results_flags
 from cellcircuits.study_claims import END, START, judge, markdown, table
 
 MAX_README_BYTES = 1 << 22
-
-
-def add_results_flags(parser: argparse.ArgumentParser) -> None:
-    """Add `--results` and `--published`."""
-    add = parser.add_argument
-    add("--results", type=Path, default=Path("results"), metavar="FOLDER", help="results (default: %(default)s)")
-    add(
-        "--published",
-        type=Path,
-        default=PUBLISHED,
-        metavar="FILE",
-        help="the study's own figures (default: results/published.json of this software)",
-    )
 
 
 def build_parser() -> argparse.ArgumentParser:

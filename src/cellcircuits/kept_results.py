@@ -1,5 +1,6 @@
 """Reading the files of `results/` by name and field, each error naming both. Standard library only."""
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,3 +141,16 @@ class Results:
     def inputs_name(self) -> str:
         """What the inputs are called."""
         return self.document("exhaustive_tracing", "exhaustive_summary.json").text("inputs_name")
+
+
+def add_results_flags(parser: argparse.ArgumentParser) -> None:
+    """Add `--results` and `--published`."""
+    add = parser.add_argument
+    add("--results", type=Path, default=Path("results"), metavar="FOLDER", help="results (default: %(default)s)")
+    add(
+        "--published",
+        type=Path,
+        default=PUBLISHED,
+        metavar="FILE",
+        help="the study's own figures (default: results/published.json of this software)",
+    )
