@@ -14,6 +14,8 @@ OUT ?= results
 RUNS ?= $(OUT)/$(notdir $(abspath $(INPUTS)))
 # where figures, the numbers of the text and the PDF go
 PAPER ?= $(if $(filter results,$(OUT)),paper,$(OUT)/paper)
+# the table of claims in README.md is of the results that are kept here
+README = $(if $(filter results,$(OUT)),--readme README.md)
 
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 RUN = $(VENV)/bin/python src
@@ -22,7 +24,7 @@ TRACE_INPUTS = $(MODEL_FLAGS) $(CELL_FLAGS)
 TRAJECTORY_INPUTS = $(MODEL_FLAGS) $(TRAJECTORY_CELL_FLAGS)
 DRAWN = exhaustive_tracing higher_order_ablation trajectory_steering
 
-.PHONY: help demo all experiments pictures results figures claims paper pdf check test test-lowest lint demo-inputs clean
+.PHONY: help demo all experiments pictures results figures numbers paper pdf check test test-lowest lint demo-inputs clean
 
 help:
 	@echo "make demo         run the experiments on the demo inputs, results and pictures in results/demo/"
@@ -81,26 +83,29 @@ pictures: $(VENV)/ready
 # What is kept of the runs, and the claims that they decide.
 results: $(VENV)/ready
 	$(RUN)/collect_results.py --runs $(RUNS) --name "$(NAME)" --out-dir $(OUT)
-	$(RUN)/check_claims.py --results $(OUT)
+	$(RUN)/check_claims.py --results $(OUT) $(README)
 
 figures: $(VENV)/ready
 	$(RUN)/make_figures.py --results $(OUT) --out-dir $(PAPER)/figures
 
-paper: figures
+numbers: $(VENV)/ready
 	$(RUN)/make_paper_numbers.py --results $(OUT) --out-dir $(PAPER)
+
+paper: figures numbers
 	$(MAKE) pdf
 
-# Debian: latexmk texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended
+TEX_PACKAGES = latexmk texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended
 pdf:
-	@command -v latexmk > /dev/null || { echo "error: latexmk: not found; the PDF needs apt install latexmk" \
-		"texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended; all else is made." >&2; exit 2; }
-	cd paper && TEXINPUTS="$(abspath $(PAPER)):" FORCE_SOURCE_DATE=1 \
-		latexmk -pdf -silent -halt-on-error -interaction=nonstopmode -outdir="$(abspath $(PAPER))/build" manuscript.tex
+	@command -v latexmk > /dev/null || { echo "error: latexmk: not found; the PDF needs Debian's packages" \
+		"$(TEX_PACKAGES); all else is made." >&2; exit 2; }
+	cd paper && TEXINPUTS="$(abspath $(PAPER)):" FORCE_SOURCE_DATE=1 latexmk -pdf -silent -halt-on-error \
+		-interaction=nonstopmode -outdir="$(abspath $(PAPER))/build" manuscript.tex > /dev/null
+	@! grep -E "(Reference|Citation).*undefined|multiply defined" $(PAPER)/build/manuscript.log
 	cp $(PAPER)/build/manuscript.pdf $(PAPER)/manuscript.pdf
 	@echo "Paper: $(PAPER)/manuscript.pdf"
 
 check: $(VENV)/ready
-	$(RUN)/check_paper.py --results $(OUT) --paper $(PAPER)
+	$(RUN)/check_paper.py --results $(OUT) --paper $(PAPER) $(README)
 
 test: $(VENV)/ready-for-tests
 	$(VENV)/bin/python -m pytest

@@ -43,7 +43,7 @@ def _pairs(results: Results) -> Finding:
     indices = _indices(document)
     if len(indices) < MIN_COMBINATIONS:
         return Finding(_ratios(document), OPEN, reason=f"only {len(indices)} pairs with a redundancy index")
-    found = resampled([indices], lambda x: float(np.median(x[0])))
+    found = resampled([indices], lambda x: np.median(x[0], axis=-1))
     ours = f"{len(indices)} pairs: {_ratios(document)}; redundancy index {with_interval(*found)}, 0 is additive"
     verdict = against(found[1], found[2], MIN_INDEX)
     return Finding(ours, verdict, *found, "" if verdict != OPEN else f"the interval contains {MIN_INDEX}")
@@ -60,7 +60,7 @@ def _triplets(results: Results) -> Finding:
             deeper.append(row.number(INDEX) - statistics.fmean(inside))
     if len(deeper) < MIN_COMBINATIONS:
         return Finding(_ratios(document), OPEN, reason=f"only {len(deeper)} triplets with redundancy indices")
-    found = resampled([deeper], lambda x: float(np.median(x[0])))
+    found = resampled([deeper], lambda x: np.median(x[0], axis=-1))
     ours = f"{len(deeper)} triplets: {_ratios(document)}; redundancy index of triplets minus that of their pairs "
     verdict = against(found[1], found[2], MIN_DEEPER)
     reason = "" if verdict != OPEN else f"the interval contains {MIN_DEEPER}"
@@ -98,7 +98,7 @@ def _pathways(results: Results) -> Finding:
     if min(len(same), len(others)) < MIN_COMBINATIONS:
         reason = f"{len(same)} pairs of one pathway, {len(others)} others"
         return Finding("no comparison", OPEN, reason=reason)
-    found = resampled([same, others], lambda x: float(np.median(x[0]) - np.median(x[1])))
+    found = resampled([same, others], lambda x: np.median(x[0], axis=-1) - np.median(x[1], axis=-1))
     ours = f"redundancy index of {len(same)} pairs of one pathway minus that of {len(others)} others: "
     p = document.maybe("class_effect", "p")
     tested = f"; permutation p {p:.2g} on disjoint pairs" if p is not None else ""

@@ -1,5 +1,7 @@
 """The claims about the graph of single ablations: density, coverage, hubs, layers, specificity."""
 
+import numpy as np
+
 from cellcircuits.claim import FAILS, HOLDS, OPEN, Claim, Finding, against, not_measured, resampled
 from cellcircuits.collected import BY_LAYER, SELECTIVE, SPECIFICITY, TRACE
 from cellcircuits.kept_features import traced_features
@@ -54,7 +56,7 @@ def _coverage(results: Results) -> Finding:
     total += f" chosen ones ({decimal(sum(degrees) / sum(chosen), 1)} times as many)"
     if targets[0] != targets[1]:
         return Finding(total, OPEN, reason="the two traces read different target layers")
-    found = resampled([degrees, chosen], lambda x: x[0].mean() / max(x[1].mean(), 1e-12))
+    found = resampled([degrees, chosen], lambda x: x[0].mean(axis=-1) / np.maximum(x[1].mean(axis=-1), 1e-12))
     ours = f"{total}; edges per feature, all over chosen: {with_interval(*found)}"
     verdict = HOLDS if found[1] > 1 else FAILS if found[2] < MAX_RATIO else OPEN
     reasons = {OPEN: f"the interval contains 1 and {MAX_RATIO}", FAILS: "more features were traced, no other kind"}
@@ -164,7 +166,7 @@ CLAIMS = (
     Claim(
         "Coverage",
         "Selective tracing misses most of the graph (an iceberg)",
-        "{n_edges:,} against {selective_edges:,} edges, {iceberg_ratio:.0f} times as many; the latter cut at 50 per "
+        "{n_edges:,} against {selective_edges:,} edges, {iceberg_ratio:.0f} times as many; the latter cut at {selective_cut} per "
         "feature and layer",
         "experiment 1, and selective tracing of the same source layer, cells and target layers",
         "as many edges per feature as a chosen one has; the interval resamples the features",

@@ -35,10 +35,10 @@ def draw_all(results: Results, out_dir: Path, on_figure: Callable[[str], None] =
         UserError: a result is missing or malformed, or the folder cannot be written.
     """
     inputs_name = results.inputs_name
-    for name, module in FIGURES.items():
-        points = module.points(results)
+    points_of = {name: module.points(results) for name, module in FIGURES.items()}  # what is missing stops it here
+    for name, points in points_of.items():
         with styled():
-            _save(module.draw(points, inputs_name), out_dir / name)
+            _save(FIGURES[name].draw(points, inputs_name), out_dir / name)
         text_file(out_dir / f"{name}.csv", as_csv(points, inputs_name))
         on_figure(name)
 

@@ -68,7 +68,7 @@ def _histogram_bar(low: float, high: float, count: int) -> Point:
 def _mean(name: str, x: float, degrees: Sequence[int]) -> Point:
     if not degrees:
         return Point(COVERAGE, f"0 edges of {name}", name, x)
-    mean, low, high = resampled([degrees], lambda samples: float(samples[0].mean()))
+    mean, low, high = resampled([degrees], lambda samples: samples[0].mean(axis=-1))
     return Point(COVERAGE, f"{sum(degrees):,} edges in all", name, x, mean, low, high)
 
 
