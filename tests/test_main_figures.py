@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 import make_figures
 from cellcircuits import main_figures
@@ -24,8 +25,8 @@ from results_fixtures import N_CHOSEN, N_FEATURES, NAME, change, write_results
 
 BASELINE = Path(__file__).parent / "baseline"
 DPI = 40
-BLOCK = 10  # pixels: letters of other font renderings differ inside a block, not in its mean grey
-TOLERANCE = 0.04  # of the range of grey, root mean square over blocks
+BLOCK = 20  # pixels: lines that another matplotlib sets a little off stay in their block
+TOLERANCE = 0.4  # of the difference from an empty image; matplotlib 3.9 and 3.11 differ by up to 0.32
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +38,19 @@ def drawn(name: str, results: Results) -> Figure:
     return figure_of(name, FIGURES[name].points(results), results.inputs_name)
 
 
-def blocks(image: np.ndarray) -> np.ndarray:
-    """Mean grey of every whole block of an image, (height, width, 3 or 4) in 0 to 1."""
-    grey = image[..., :3].mean(axis=-1)
+def save_without_text(figure: Figure, path: Path) -> None:
+    """Save what is drawn, laid out as with its text, which every matplotlib renders in its own way."""
+    with styled():
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        for text in figure.findobj(Text):
+            text.set_color("none")
+        figure.savefig(path, dpi=DPI)
+
+
+def blocks(path: Path) -> np.ndarray:
+    """Mean grey of every whole block of an image, 0 to 1."""
+    grey = imread(path)[..., :3].mean(axis=-1)
     height, width = (BLOCK * (n // BLOCK) for n in grey.shape)
     return grey[:height, :width].reshape(height // BLOCK, BLOCK, width // BLOCK, BLOCK).mean(axis=(1, 3))
 
@@ -47,13 +58,10 @@ def blocks(image: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", FIGURES)
 class TestEveryFigure:
     def test_it_looks_as_it_did(self, name: str, results: Results, tmp_path: Path):
-        with styled():
-            drawn(name, results).savefig(tmp_path / "now.png", dpi=DPI)
-        now, then = (blocks(imread(path)) for path in (tmp_path / "now.png", BASELINE / f"{name}.png"))
+        save_without_text(drawn(name, results), tmp_path / "now.png")
+        now, then = blocks(tmp_path / "now.png"), blocks(BASELINE / f"{name}.png")
         assert now.shape == then.shape
-        assert np.sqrt(((now - then) ** 2).mean()) < TOLERANCE
-        blank = np.ones_like(then)
-        assert np.sqrt(((blank - then) ** 2).mean()) > 1.5 * TOLERANCE  # an empty figure would not pass
+        assert ((now - then) ** 2).mean() < TOLERANCE**2 * ((1 - then) ** 2).mean()
 
     def test_it_says_which_inputs_it_is_of_and_fits_the_page(self, name: str, results: Results):
         figure = drawn(name, results)
@@ -157,5 +165,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         planted = write_results(Path(folder))
         for figure_name in FIGURES:
-            with styled():
-                drawn(figure_name, planted).savefig(BASELINE / f"{figure_name}.png", dpi=DPI)
+            save_without_text(drawn(figure_name, planted), BASELINE / f"{figure_name}.png")

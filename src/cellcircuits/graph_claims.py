@@ -166,8 +166,8 @@ CLAIMS = (
     Claim(
         "Coverage",
         "Selective tracing misses most of the graph (an iceberg)",
-        "{n_edges:,} against {selective_edges:,} edges, {iceberg_ratio:.0f} times as many; the latter cut at {selective_cut} per "
-        "feature and layer",
+        "{n_edges:,} against {selective_edges:,} edges, {iceberg_ratio:.0f} times as many; the latter cut at "
+        "{selective_cut} per feature and layer",
         "experiment 1, and selective tracing of the same source layer, cells and target layers",
         "as many edges per feature as a chosen one has; the interval resamples the features",
         f"holds where a feature has more edges than a chosen one, interval above 1; fails below {MAX_RATIO}",
