@@ -47,7 +47,10 @@ def write_results(root: Path) -> Results:
     _write_combinations(root, rng)
     _write_steering(root, rng)
     controls = ("random", "random_covariance", "other_feature", "shuffled_positions")
-    ratios = {name: with_interval("edge_ratio", 3.0 + i, 0.5) for i, name in enumerate(controls)}
+    ratios = {
+        name: {**with_interval("edge_ratio", 3.0 + i, 0.5), "jaccard_mean": 0.2, "jaccard_expected": 0.1}
+        for i, name in enumerate(controls)
+    }
     write(root, "specificity/specificity.json", {"controls": ratios})
     primary = {
         "name": "rising minus falling",
@@ -134,7 +137,8 @@ def _write_combinations(root: Path, rng: np.random.Generator) -> None:
         "per_pair_results": pairs[:16], "control_pair_results": pairs[16:], "config": {"target_layer": 5},
     })  # fmt: skip
     triplets = [{"triplet_id": f"T{i}", "threeway_ratio": 0.45, "threeway_ratio_if_additive": 0.57} for i in range(6)]
-    write(root, "higher_order_ablation/summary.json", {"per_triplet_results": triplets})
+    listed = {"per_triplet_results": triplets[:4], "control_triplet_results": triplets[4:]}
+    write(root, "higher_order_ablation/summary.json", listed)
     family = {"n_tests": 20000, "n_interactions": 900, "n_synergy": 0}
     of_kind = {"same_pathway": 0.4, "cross_pathway": 0.2, "random": 0.2}
     for folder, names, order in (("pairwise_ablation", kinds, 2), ("higher_order_ablation", kinds[:6], 3)):

@@ -17,7 +17,7 @@ from results_fixtures import NAME, change, write_results
 GRAPH, CALIBRATION, BY_LAYER = (
     f"exhaustive_tracing/{name}.json" for name in ("graph_statistics", "calibration", "edges_by_layer")
 )
-STEERING_TESTS = "controlled_steering/steering_tests.json"
+SPECIFICITY, STEERING_TESTS = "specificity/specificity.json", "controlled_steering/steering_tests.json"
 
 
 @pytest.fixture
@@ -51,7 +51,9 @@ class TestVerdicts:
                           "activation_freq", "spearman", {"rho": 0.8, "interval": [0.7, 0.9]})], FAILS),
             ("Annotation", [(GRAPH, "annotation", "result", "top", "top_20", "result",
                              "matched", "p", 0.5)], OPEN),
-            ("Specific", [("specificity/specificity.json", "controls", "other_feature", "edge_ratio_low", 0.9)], OPEN),
+            ("Specific", [(SPECIFICITY, "controls", "other_feature", "edge_ratio_low", 0.9)], OPEN),
+            ("Specific", [(SPECIFICITY, "controls", "other_feature", "edge_ratio_low", 0.9),
+                          (SPECIFICITY, "controls", "other_feature", "edge_ratio_high", 1.2)], FAILS),
             ("Synergy", [("pairwise_ablation/additivity.json", "family", "n_synergy", 400)], FAILS),
             ("Synergy", [("pairwise_ablation/additivity.json", "family", "n_synergy", 40)], OPEN),
             ("LastLayer", [("trajectory_steering/summary.json", "features", 8, "alpha_results", "5.0",

@@ -7,7 +7,7 @@ import numpy as np
 from cellcircuits.claim import FAILS, HOLDS, OPEN, Claim, Finding, against, not_measured, resampled
 from cellcircuits.collected import PAIRS, TRIPLETS
 from cellcircuits.kept_results import Document, Results
-from cellcircuits.wording import count, decimal, percent, with_interval
+from cellcircuits.wording import count, decimal, fixed, percent, with_interval
 
 MIN_INDEX = 0.1
 MIN_DEEPER = 0.05
@@ -44,7 +44,7 @@ def _pairs(results: Results) -> Finding:
     if len(indices) < MIN_COMBINATIONS:
         return Finding(_ratios(document), OPEN, reason=f"only {len(indices)} pairs with a redundancy index")
     found = resampled([indices], lambda x: np.median(x[0], axis=-1))
-    ours = f"{len(indices)} pairs: {_ratios(document)}; redundancy index {with_interval(*found)}, 0 is additive"
+    ours = f"{len(indices)} pairs: {_ratios(document)}; redundancy index {with_interval(*found, fixed)}, 0 is additive"
     verdict = against(found[1], found[2], MIN_INDEX)
     return Finding(ours, verdict, *found, "" if verdict != OPEN else f"the interval contains {MIN_INDEX}")
 
@@ -64,7 +64,7 @@ def _triplets(results: Results) -> Finding:
     ours = f"{len(deeper)} triplets: {_ratios(document)}; redundancy index of triplets minus that of their pairs "
     verdict = against(found[1], found[2], MIN_DEEPER)
     reason = "" if verdict != OPEN else f"the interval contains {MIN_DEEPER}"
-    return Finding(ours + with_interval(*found), verdict, *found, reason)
+    return Finding(ours + with_interval(*found, fixed), verdict, *found, reason)
 
 
 def _synergy(results: Results) -> Finding:
@@ -104,7 +104,7 @@ def _pathways(results: Results) -> Finding:
     tested = f"; permutation p {p:.2g} on disjoint pairs" if p is not None else ""
     verdict = HOLDS if found[1] > 0 else FAILS if found[2] < MIN_INDEX else OPEN
     reason = "" if verdict != OPEN else f"the interval contains 0 and {MIN_INDEX}"
-    return Finding(ours + with_interval(*found) + tested, verdict, *found, reason)
+    return Finding(ours + with_interval(*found, fixed) + tested, verdict, *found, reason)
 
 
 CLAIMS = (

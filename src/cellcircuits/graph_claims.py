@@ -9,7 +9,7 @@ from cellcircuits.kept_results import Document, Results
 from cellcircuits.wording import count, decimal, p_value, percent, with_interval
 
 MAX_CHANCE_SHARE = 0.1
-MAX_RATIO = 2.0  # a feature of the rest has less than twice the edges of a chosen one: the rest is no other graph
+MAX_RATIO = 2.0  # less than twice as many edges is no difference in kind
 MIN_FADE = 0.1
 MIN_RHO = 0.3
 MAX_P = 0.05
@@ -138,19 +138,23 @@ def _specific(results: Results) -> Finding:
     document = results.maybe(SPECIFICITY, "specificity.json")
     if document is None:
         return not_measured("specificity.json", "specificity_controls.py")
-    found = []
-    for key, words in CONTROLS.items():
-        if document.get("controls", key, default=None):
-            control = document.part("controls", key)
-            found.append((words, control.maybe("edge_ratio"), *control.interval("edge_ratio")))
-    known = [entry for entry in found if None not in entry[1:]]
+    controls = {key: document.part("controls", key) for key in CONTROLS if document.get("controls", key, default=None)}
+    known = {
+        key: of for key, of in controls.items() if None not in (of.maybe("edge_ratio"), *of.interval("edge_ratio"))
+    }
     if not known:
         return Finding("no control has a ratio", OPEN, reason="too few features with edges")
-    ours = "edges of the feature over those of " + "; ".join(f"{w}: {with_interval(*of)}" for w, *of in known)
-    hardest = min(known, key=lambda entry: entry[2])
-    return Finding(
-        ours, against(hardest[2], hardest[3], 1.0), *hardest[1:], f"the hardest control: {hardest[0]}"
-    )  # fmt: skip
+    ratios = {key: (of.number("edge_ratio"), *of.interval("edge_ratio")) for key, of in known.items()}
+    ours = "edges of the feature over those of " + "; ".join(
+        f"{CONTROLS[key]}: {with_interval(*ratio)}" for key, ratio in ratios.items()
+    )
+    hardest = min(known, key=lambda key: known[key].number("edge_ratio_low"))
+    shared, expected = (known[hardest].maybe(f"jaccard_{name}") for name in ("mean", "expected"))
+    if shared is not None and expected is not None:
+        ours += f"; targets shared with {CONTROLS[hardest]}: Jaccard {decimal(shared)}, {decimal(expected)} by chance"
+    low, high = known[hardest].number("edge_ratio_low"), known[hardest].number("edge_ratio_high")
+    verdict = HOLDS if low > 1 else FAILS if high < MAX_RATIO else OPEN
+    return Finding(ours, verdict, *ratios[hardest], f"the hardest control: {CONTROLS[hardest]}")
 
 
 CLAIMS = (
@@ -216,7 +220,7 @@ CLAIMS = (
         "position ({revision_sign_flip_null_edges} with signs flipped)",
         "experiment 1, specificity_controls.py",
         "edits of the same size along one fixed direction per feature",
-        "holds where the feature has more edges than every control, interval of the hardest above 1",
+        f"holds where the feature has more edges than every control, the hardest above 1; fails below {MAX_RATIO}",
         _specific,
     ),
 )

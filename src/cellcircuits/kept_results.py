@@ -143,6 +143,13 @@ class Results:
         return self.document("exhaustive_tracing", "exhaustive_summary.json").text("inputs_name")
 
 
+def all_triplets(summary: Document) -> list[Document]:
+    """The triplets of a summary, and the random ones where it has such controls."""
+    key = "control_triplet_results"
+    controls = summary.parts(key) if summary.get(key, default=None) else []
+    return [*summary.parts("per_triplet_results"), *controls]
+
+
 def add_results_flags(parser: argparse.ArgumentParser) -> None:
     """Add `--results` and `--published`."""
     add = parser.add_argument

@@ -8,7 +8,7 @@ from typing import Any
 
 from cellcircuits.collected import PAIRS, SELECTIVE, STEERING, TRACE, TRAJECTORY, TRIPLETS
 from cellcircuits.jsonio import read_json
-from cellcircuits.kept_results import Document, Results
+from cellcircuits.kept_results import Document, Results, all_triplets
 from cellcircuits.study_claims import judge
 from cellcircuits.wording import count, decimal, p_value, percent
 
@@ -109,7 +109,7 @@ def _combinations(results: Results) -> Iterator[tuple[str, str]]:
     yield "NSelective", count(selective.number("n_features"))
     for name, records, key in (
         ("Pair", [*pairs.parts("per_pair_results"), *pairs.parts("control_pair_results")], "ratio_median"),
-        ("Triplet", triplets.parts("per_triplet_results"), "threeway_ratio"),
+        ("Triplet", all_triplets(triplets), "threeway_ratio"),
     ):
         yield f"N{name}s", count(len(records))
         yield f"{name}Ratio", _median(records, key)

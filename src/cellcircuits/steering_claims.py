@@ -7,7 +7,7 @@ from itertools import pairwise
 from cellcircuits.claim import FAILS, HOLDS, OPEN, Claim, Finding, against, not_measured, proportion_interval
 from cellcircuits.collected import STEERING, STEERING_TESTS
 from cellcircuits.kept_results import Document, Results
-from cellcircuits.wording import count, decimal, p_value, percent, with_interval
+from cellcircuits.wording import count, decimal, fixed, p_value, percent, with_interval
 
 MAX_P = 0.05
 MIN_FEATURES = 3
@@ -86,7 +86,7 @@ def _direction(results: Results) -> Finding:
     )
     if estimate is None or p is None:
         return Finding("not tested", OPEN, reason=primary.get("reason", default=None) or "no primary contrast")
-    ours = f"{primary.text('name')}: {with_interval(estimate, low, high, lambda x: decimal(x, 3))}, {p_value(p)}, "
+    ours = f"{primary.text('name').replace('_', ' ')}: {with_interval(estimate, low, high, fixed)}, {p_value(p)}, "
     ours += f"{count(primary.number('n_on'))} rising and {count(primary.number('n_off'))} falling features"
     verdict = against(low, high, 0.0)
     if verdict == HOLDS and p >= MAX_P:

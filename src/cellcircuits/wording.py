@@ -15,6 +15,11 @@ def decimal(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}f}"
 
 
+def fixed(value: float) -> str:
+    """`-0.001`: three decimals, for what is compared with 0."""
+    return f"{round(value, 3) + 0.0:.3f}"
+
+
 def percent(value: float) -> str:
     """`4.8%`; from 10% on without decimals."""
     shown = 100 * value

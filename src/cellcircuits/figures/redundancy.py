@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from cellcircuits.collected import PAIRS, TRIPLETS
 from cellcircuits.figures.style import BLACK, BLUE, GREY, ORANGE, VERMILION, Point, chosen, intervals, page, say
-from cellcircuits.kept_results import Document, Results
+from cellcircuits.kept_results import Document, Results, all_triplets
 
 RATIO, INDEX = "a ratio", "b redundancy index"
 OBSERVED, ADDITIVE, THEORY = "observed", "exactly additive effects, same cells", "independent and equal effects"
@@ -28,7 +28,7 @@ def points(results: Results) -> list[Point]:
     """
     pairs, triplets = (results.document(folder, "summary.json") for folder in (PAIRS, TRIPLETS))
     listed = [*pairs.parts("per_pair_results"), *pairs.parts("control_pair_results")]
-    of_three = triplets.parts("per_triplet_results")
+    of_three = all_triplets(triplets)
     found = [*_ratios("2", listed, "pair_id", "ratio_median"), *_ratios("3", of_three, "triplet_id", "threeway_ratio")]
     found += [
         Point(RATIO, THEORY, f"order {order}", order, results.published(f"additive_{kind}_ratio"))
@@ -121,7 +121,7 @@ def _draw_indices(axes: Axes, of: Sequence[Point]) -> None:
             )
             intervals(axes, seen, color=colour, linewidth=0.6, alpha=0.7)
     _orders(axes)
-    axes.legend(loc="upper left")
+    axes.legend(loc="upper right")
 
 
 def _orders(axes: Axes) -> None:
