@@ -78,15 +78,21 @@ class TestMacros:
         assert re.findall(r"\\mainfigure\{(\w+)\}", MANUSCRIPT) == list(FIGURES)
 
     @pytest.mark.parametrize(
-        "text, printed", [("5% of a_b", r"5\% of a\_b"), ("$x^2$", r"\$x\textasciicircum{}2\$"), ("caf\xe9", "caf?")]
+        "text, printed",
+        [
+            ("5% of a_b", r"5\% of a\_b"),
+            ("$x^2$", r"\$x\textasciicircum{}2\$"),
+            ("caf\xe9", "caf?"),
+            ("-0.1 to 3-4", "$-$0.1 to 3-4"),
+        ],
     )
     def test_text_is_safe_for_tex(self, text: str, printed: str):
         assert tex(text) == printed
 
     def test_names_and_numbers(self):
         assert macro_name("positive_share_L17") == "PositiveShareLOneSeven"
-        shown = [published_number(x) for x in (1393850, 284.0, 342.8905, 0.7, 0.538, 0.70710678, 1.0, 17.7)]
-        assert shown == ["1,393,850", "284", "342.89", "0.70", "0.538", "0.707", "1.00", "17.7"]
+        shown = [published_number(x) for x in (0, 1393850, 284.0, 342.8905, 0.7, 0.538, 0.70710678, 1.0, 17.7)]
+        assert shown == ["0", "1,393,850", "284", "342.89", "0.70", "0.538", "0.707", "1.00", "17.7"]
 
     def test_the_inputs_are_named(self, results: Results):
         assert rf"\newcommand{{\InputsName}}{{{NAME}}}" in paper_files(results)["macros.tex"]

@@ -26,7 +26,8 @@ SPECIAL = {
 def tex(text: str) -> str:
     """A text as TeX prints it; what is no ASCII and has no macro here becomes `?`."""
     escaped = "".join(SPECIAL.get(char, char) for char in text)
-    return escaped.encode("ascii", errors="replace").decode()
+    with_minus = re.sub(r"(?<![\w-])-(?=\d)", "$-$", escaped)
+    return with_minus.encode("ascii", errors="replace").decode()
 
 
 def paper_files(results: Results) -> dict[str, str]:
@@ -153,7 +154,7 @@ def _published(path: Path) -> Iterator[tuple[str, str]]:
 
 def published_number(value: float) -> str:
     """As many decimals as were published, two at least below 1 and three at most."""
-    if value == int(value) and abs(value) > 1:
+    if isinstance(value, int) or (value == int(value) and abs(value) > 1):
         return count(value)
     n_decimals = len(repr(value).partition(".")[2])
     return f"{value:.{min(3 if abs(value) < 1 else 2, max(n_decimals, 2 if abs(value) <= 1 else 1))}f}"
