@@ -16,6 +16,7 @@ from cellcircuits.errors import UserError
 from cellcircuits.files import read_bounded
 from cellcircuits.jsonio import write_json
 from cellcircuits.kept_results import Results, add_results_flags
+from cellcircuits.results import exclusive
 from cellcircuits.study_claims import END, START, judge, markdown, table
 
 MAX_README_BYTES = 1 << 22
@@ -44,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         print(f"{content['n_claims']} claims to write into {args.results}.\nStart: {args.command}")
         return 0
-    write_json(args.results / "claims.json", content)
-    text_file(args.results / "claims.md", markdown(content))
+    with exclusive(args.results, "--results"):
+        write_json(args.results / "claims.json", content)
+        text_file(args.results / "claims.md", markdown(content))
     if rendered is not None:
         text_file(args.readme, rendered)
     print(f"Written: {args.results / 'claims.json'} and claims.md")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cellcircuits import cli, cli_check
-from cellcircuits.collected import collect, readme, size_note, text_file
+from cellcircuits.collected import collect, planned, readme, size_note, text_file
 from cellcircuits.errors import UserError
 
 
@@ -20,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=Path, required=True, metavar="FOLDER", help="holds the experiments' folders")
     parser.add_argument("--name", required=True, help='what the inputs are called, in every file: "demo model"')
     cli.add_out_dir_flag(parser, "where results go", Path("results"))
+    cli_check.add_check_flag(parser, "copy")
     return parser
 
 
@@ -33,6 +34,9 @@ def run(args: argparse.Namespace) -> int:
     """Copy, and say what was copied; returns the exit status."""
     if not args.name.strip():
         raise UserError("--name is empty: say what the inputs are called (NAME in settings.mk).")
+    if args.check:
+        print(f"{len(planned(args.runs, args.out_dir))} files to copy into {args.out_dir}.\nStart: {args.command}")
+        return 0
     names = collect(args.runs, args.out_dir, args.name.strip())
     text_file(args.out_dir / "README.md", readme(args.name.strip(), names))
     print(f"Kept: {args.out_dir} ({size_note(args.out_dir, names)})")

@@ -13,6 +13,7 @@ from cellcircuits import cli, cli_check
 from cellcircuits.collected import text_file
 from cellcircuits.kept_results import Results, add_results_flags
 from cellcircuits.paper_numbers import paper_files
+from cellcircuits.results import exclusive
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,9 +37,10 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         print(f"{', '.join(files)} to write into {args.out_dir}.\nStart: {args.command}")
         return 0
-    for name, text in files.items():
-        text_file(args.out_dir / name, text)
-        print(f"Written: {args.out_dir / name}")
+    with exclusive(args.out_dir):
+        for name, text in files.items():
+            text_file(args.out_dir / name, text)
+            print(f"Written: {args.out_dir / name}")
     return 0
 
 

@@ -64,7 +64,8 @@ def write_runs(runs: Path) -> None:
 
 
 def tree(folder: Path) -> dict[Path, bytes]:
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
 class TestEdgesByLayer:
@@ -170,6 +171,9 @@ class TestCollect:
 
     def test_the_script_adds_a_readme(self, runs: Path, tmp_path: Path, capsys):
         out = tmp_path / "out"
-        assert collect_results.main(["--runs", str(runs), "--name", NAME, "--out-dir", str(out)]) == 0
+        flags = ["--runs", str(runs), "--name", NAME, "--out-dir", str(out)]
+        assert collect_results.main([*flags, "--check"]) == 0 and not out.exists()
+        assert "files to copy" in capsys.readouterr().out
+        assert collect_results.main(flags) == 0
         assert NAME in (out / "README.md").read_text() and "Kept:" in capsys.readouterr().out
         assert collect_results.main(["--runs", str(runs), "--name", " ", "--out-dir", str(out)]) == 2

@@ -20,7 +20,7 @@ from cellcircuits import main_figures
 from cellcircuits.errors import UserError
 from cellcircuits.figures.style import PAGE, Point, as_csv, styled
 from cellcircuits.kept_results import Results
-from cellcircuits.main_figures import FIGURES, draw_all, figure_of, tables
+from cellcircuits.main_figures import FIGURES, draw_all, figure_of, tables, text_hash
 from results_fixtures import N_CHOSEN, N_FEATURES, NAME, change, write_results
 
 BASELINE = Path(__file__).parent / "baseline"
@@ -131,8 +131,18 @@ class TestScript:
             draw_all(results, tmp_path / folder)
         one, two = ({p.name: p.read_bytes() for p in (tmp_path / f).iterdir()} for f in ("one", "two"))
         assert one == two
-        assert set(one) == {f"{name}{suffix}" for name in names for suffix in (".pdf", ".png", ".csv")}
-        assert all(one[f"{name}.pdf"].startswith(b"%PDF") for name in names)
+        assert set(one) - {".lock"} == {f"{name}{suffix}" for name in names for suffix in (".pdf", ".png", ".csv")}
+        for name in names:
+            made_from = text_hash(one[f"{name}.csv"].decode()).encode()
+            assert one[f"{name}.pdf"].startswith(b"%PDF") and made_from in one[f"{name}.pdf"]
+            assert made_from in one[f"{name}.png"]
+
+    def test_what_a_killed_run_left_is_tidied(self, results: Results, tmp_path: Path, monkeypatch):
+        monkeypatch.setattr(main_figures, "FIGURES", {})
+        for name in ("figure1_overview.pdf", "figure2_hubs.csv"):
+            (tmp_path / f".{name}.123.0a1b2c3d.tmp").touch()
+        draw_all(results, tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {".lock"}
 
     def test_a_check_counts_and_writes_nothing(self, results: Results, tmp_path: Path, capsys):
         out = tmp_path / "out"

@@ -12,7 +12,7 @@ import check_claims
 import check_paper
 import make_paper_numbers
 from cellcircuits.kept_results import PUBLISHED, Results
-from cellcircuits.main_figures import FIGURES, tables
+from cellcircuits.main_figures import FIGURES, tables, text_hash
 from cellcircuits.paper_numbers import macro_name, paper_files, published_number, tex
 from results_fixtures import NAME, write_results
 
@@ -30,16 +30,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.fixture(scope="module")
 def made(results: Results) -> tuple[Results, Path]:
-    """Results with all that is made of them; figures as empty files beside their real tables."""
+    """Results with all that is made of them; pictures and PDF are only what the check reads of them."""
     paper = results.folder.parent / "paper"
     assert check_claims.main(["--results", str(results.folder)]) == 0
     assert make_paper_numbers.main(["--results", str(results.folder), "--out-dir", str(paper)]) == 0
     (paper / "figures").mkdir()
     for name, text in tables(results).items():
         (paper / "figures" / name).write_text(text)
-    for name in FIGURES:
         for suffix in (".pdf", ".png"):
-            (paper / "figures" / f"{name}{suffix}").touch()
+            (paper / "figures" / name).with_suffix(suffix).write_text(f"drawn from {text_hash(text)}")
+    (paper / "manuscript.pdf").write_text((paper / "macros.tex").read_text().split("NumbersHash")[1])
     return results, paper
 
 
@@ -135,15 +135,20 @@ class TestCheck:
         shutil.copytree(made[1], tmp_path / "paper")
         path = tmp_path / "paper/figures/figure4_steering.csv"
         text = path.read_text()
-        path.write_text(text.replace(",0.0005,", ",0.000500000001,"))
-        assert path.read_text() != text
-        assert check(made[0].folder, tmp_path / "paper") == 0
+        rounded = text.replace(",0.0005,", ",0.000500000001,")
+        path.write_text(rounded)
+        for suffix in (".pdf", ".png"):
+            path.with_suffix(suffix).write_text(text_hash(rounded))
+        assert rounded != text and check(made[0].folder, tmp_path / "paper") == 0
         path.write_text(text.replace(",0.0005,", ",0.0006,"))
         (tmp_path / "paper/macros.tex").unlink()
         (tmp_path / "paper/figures/figure1_overview.pdf").unlink()
+        (tmp_path / "paper/figures/figure2_hubs.png").write_text("drawn from something else")
+        (tmp_path / "paper/manuscript.pdf").write_text("made from something else")
         assert check(made[0].folder, tmp_path / "paper") == 1
         said = capsys.readouterr().out
-        assert all(name in said for name in ("figure4_steering.csv", "macros.tex", "figure1_overview.pdf"))
+        changed = ("figure4_steering.csv", "macros.tex", "figure1_overview.pdf", "figure2_hubs.png", "manuscript.pdf")
+        assert all(f"{name}: " in said for name in changed)
 
 
 class TestPublished:

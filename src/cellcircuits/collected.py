@@ -5,6 +5,7 @@ and the paper are made from.
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from cellcircuits.attenuation import edges_by_layer
 from cellcircuits.errors import UserError
 from cellcircuits.jsonio import discard, read_json, write_atomically, write_json
 from cellcircuits.manifest import MANIFEST
+from cellcircuits.results import exclusive
 
 INPUTS_KEY = "inputs_name"  # first in every file, so that nobody takes a demo's numbers for a Geneformer's
 BY_LAYER = "edges_by_layer.json"
@@ -56,19 +58,35 @@ def collect(runs: Path, out_dir: Path, inputs_name: str) -> list[Path]:
     Raises:
         UserError: an experiment's file is missing or damaged, or `out_dir` holds a run of its own.
     """
+    found = planned(runs, out_dir)
+    with ExitStack() as locks:
+        for name in sorted({Path(), *(path.parent for path in found)}):
+            locks.enter_context(exclusive(out_dir / name))
+        for name, source in found.items():
+            _copy(source, out_dir / name, inputs_name)
+        for name, folders in _traces(runs).items():
+            content = [edges_by_layer(folder) for folder in folders]
+            write_json(out_dir / name / BY_LAYER, {INPUTS_KEY: inputs_name, "sources": content})
+            found[Path(name, BY_LAYER)] = runs / name
+        for stale in _kept_files(out_dir):
+            if stale not in found:
+                discard(out_dir / stale)
+    return sorted(found)
+
+
+def planned(runs: Path, out_dir: Path) -> dict[Path, Path]:
+    """What `collect` copies: path in the results, file of an experiment.
+
+    Raises:
+        UserError: an experiment's file is missing, or `out_dir` holds a run of its own.
+    """
     found = dict(_sources(runs))
     _require_no_run(out_dir, found)
-    for name, source in found.items():
-        _copy(source, out_dir / name, inputs_name)
-    traces = {TRACE: [runs / TRACE], SELECTIVE: sorted((runs / SELECTIVE).glob("layer*"))}
-    for name, folders in traces.items():
-        content = [edges_by_layer(folder) for folder in folders]
-        write_json(out_dir / name / BY_LAYER, {INPUTS_KEY: inputs_name, "sources": content})
-        found[Path(name, BY_LAYER)] = runs / name
-    for stale in _kept_files(out_dir):
-        if stale not in found:
-            discard(out_dir / stale)
-    return sorted(found)
+    return found
+
+
+def _traces(runs: Path) -> dict[str, list[Path]]:
+    return {TRACE: [runs / TRACE], SELECTIVE: sorted((runs / SELECTIVE).glob("layer*"))}
 
 
 def _sources(runs: Path) -> Iterable[tuple[Path, Path]]:

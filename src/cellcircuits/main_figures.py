@@ -1,5 +1,6 @@
 """The main figures of a folder of results: PDF, PNG and a table of what is drawn, for each."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ from cellcircuits.figures import genes, hubs, overview, redundancy, steering, su
 from cellcircuits.figures.style import Point, as_csv, styled
 from cellcircuits.jsonio import write_atomically
 from cellcircuits.kept_results import Results
+from cellcircuits.results import exclusive
 
 # each module has `points(results) -> list[Point]` and `draw(points, inputs_name) -> Figure`
 FIGURES: dict[str, ModuleType] = {
@@ -36,11 +38,18 @@ def draw_all(results: Results, out_dir: Path, on_figure: Callable[[str], None] =
     """
     inputs_name = results.inputs_name
     points_of = {name: module.points(results) for name, module in FIGURES.items()}  # what is missing stops it here
-    for name, points in points_of.items():
-        with styled():
-            _save(FIGURES[name].draw(points, inputs_name), out_dir / name)
-        text_file(out_dir / f"{name}.csv", as_csv(points, inputs_name))
-        on_figure(name)
+    with exclusive(out_dir):
+        for name, points in points_of.items():
+            table = as_csv(points, inputs_name)
+            with styled():
+                _save(FIGURES[name].draw(points, inputs_name), out_dir / name, text_hash(table))
+            text_file(out_dir / f"{name}.csv", table)
+            on_figure(name)
+
+
+def text_hash(*texts: str) -> str:
+    """What a picture or a PDF carries of the tables that it was made from."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:24]
 
 
 def tables(results: Results) -> dict[str, str]:
@@ -59,9 +68,9 @@ def figure_of(name: str, points: Sequence[Point], inputs_name: str) -> Figure:
         return FIGURES[name].draw(points, inputs_name)
 
 
-def _save(figure: Figure, path: Path) -> None:
-    # without a date the bytes are the same every time
-    undated = {"CreationDate": None}
+def _save(figure: Figure, path: Path, made_from: str) -> None:
     pdf, png = path.with_suffix(".pdf"), path.with_suffix(".png")
-    write_atomically(pdf, lambda stream: figure.savefig(stream, format="pdf", metadata=undated))
-    write_atomically(png, lambda stream: figure.savefig(stream, format="png"))
+    # without a date the bytes are the same every time
+    facts = {"CreationDate": None, "Keywords": made_from}
+    write_atomically(pdf, lambda stream: figure.savefig(stream, format="pdf", metadata=facts))
+    write_atomically(png, lambda stream: figure.savefig(stream, format="png", metadata={"Description": made_from}))

@@ -4,17 +4,19 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from cellcircuits.jsonio import read_json
 from cellcircuits.kept_results import Results
-from cellcircuits.main_figures import FIGURES, tables
-from cellcircuits.paper_numbers import paper_files
+from cellcircuits.main_figures import FIGURES, tables, text_hash
+from cellcircuits.paper_numbers import MACROS, paper_files
 from cellcircuits.study_claims import END, START, judge, markdown, table
 
 RELATIVE, ABSOLUTE = 1e-6, 1e-12
 MAX_SHOWN = 3
+PDF = "manuscript.pdf"
 
 
 def differences(results: Results, paper: Path, readme: Path | None) -> Iterator[str]:
@@ -41,6 +43,9 @@ def differences(results: Results, paper: Path, readme: Path | None) -> Iterator[
         shown = (_text(readme) or "").partition(START)[2].partition(END)[0].strip("\n")
         if shown != table(content):
             yield f"{readme}: its table of claims is not what the results give"
+    made_from = re.findall(r"NumbersHash\}\{(\w+)", _text(paper / MACROS) or "")
+    if not made_from or made_from[-1].encode() not in _bytes(paper / PDF):
+        yield f"{paper / PDF}: is missing, or was not made from {MACROS}"
     yield from _figure_differences(results, paper / "figures")
 
 
@@ -51,9 +56,14 @@ def _figure_differences(results: Results, folder: Path) -> Iterator[str]:
         if found:
             yield f"{path}: {'; '.join(found[:MAX_SHOWN])}"
     for name in FIGURES:
+        made_from = text_hash(_text(folder / f"{name}.csv") or "")
         for suffix in (".pdf", ".png"):
-            if not (folder / f"{name}{suffix}").is_file():
-                yield f"{folder / name}{suffix}: is missing"
+            if made_from.encode() not in _bytes(folder / f"{name}{suffix}"):
+                yield f"{folder / name}{suffix}: is missing, or was not drawn from {name}.csv"
+
+
+def _bytes(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
 
 
 def _text(path: Path) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 from cellcircuits.collected import PAIRS, SELECTIVE, STEERING, TRACE, TRAJECTORY, TRIPLETS
 from cellcircuits.jsonio import read_json
 from cellcircuits.kept_results import Document, Results, all_triplets
+from cellcircuits.main_figures import tables, text_hash
 from cellcircuits.study_claims import judge
 from cellcircuits.wording import count, decimal, p_value, percent
 
@@ -37,7 +38,9 @@ def paper_files(results: Results) -> dict[str, str]:
         UserError: a result is missing or malformed.
     """
     content = judge(results)
-    return {MACROS: macros(results, content), TABLE: claims_table(content)}
+    numbers, rows = macros(results, content), claims_table(content)
+    made_from = text_hash(numbers, rows, *tables(results).values())
+    return {MACROS: f"{numbers}\\newcommand{{\\NumbersHash}}{{{made_from}}}\n", TABLE: rows}
 
 
 def macros(results: Results, claims: Mapping[str, Any]) -> str:

@@ -27,6 +27,8 @@ HALF_WRITTEN = re.compile(
     r"|(exhaustive_tracing|higher_order_ablation|trajectory_steering|graph_statistics)\.png|block_\d+\.(parquet|partial\.npz)"
     rf"|(state_signatures|sae_activations|unfinished|rows_\d+|same_position_check_\w+|{_FEATURE}(_x_{_FEATURE})+)\.npz)\.\d+(\.[0-9a-f]{{8}})?\.tmp"
     r"|\.clock\.\w+\.tmp"
+    r"|\.(claims\.(json|md)|README\.md|edges_by_layer\.json|additivity\.json|specificity\.json|steering_tests\.json|macros\.tex"
+    r"|claims_table\.tex|figure\d+_\w+\.(pdf|png|csv))\.\d+\.[0-9a-f]{8}\.tmp"
 )
 SUBFOLDERS = ("blocks", "partial", "effects")
 SAME_POSITION = "same_position"  # the `quantity` of settings and summaries; without one it is the total effect
