@@ -194,7 +194,7 @@ class CombinationRun:
             raise
         if self.save_effects:
             self.write_effects(combination, so_far)
-        spent = {"n_block_runs": so_far.n_block_runs, "elapsed_seconds": recorded_seconds(so_far.seconds)}
+        spent = {"n_block_runs": so_far.n_block_runs, "elapsed_seconds": so_far.seconds}
         numbers = combination_statistics(so_far.effects(), len(features), self.rule)
         self.write_record(combination, numbers | spent)
         discard(partial)
@@ -316,6 +316,6 @@ def measure_cells(
         for name in ARRAYS:
             getattr(so_far, name)[i] = getattr(effects, name)
         so_far.n_block_runs += effects.n_block_runs
-        so_far.seconds += time.perf_counter() - started
+        so_far.seconds += recorded_seconds(time.perf_counter() - started)
         so_far.n_cells_done = i + 1
         on_cell()

@@ -144,7 +144,7 @@ def trace_block(
                 size = batch_size = len(batch) // 2
                 log.warning("Out of memory: going on with batches of %d features.", size)
                 continue
-            block.seconds[batch] += (time.perf_counter() - started) / len(batch)
+            block.seconds[batch] += recorded_seconds(time.perf_counter() - started) / len(batch)
             left = left[size:]
         require_finite(block.effects[active, i], clean.cell, EFFECT)
         block.measured[active, i] = True
@@ -202,7 +202,7 @@ def block_shard(
             "feature_idx": feature,
             "n_cells_active": len(effects),
             "n_cells_measured": block.measured.shape[1],
-            "elapsed_seconds": recorded_seconds(block.seconds[j]),
+            "elapsed_seconds": float(block.seconds[j]),
             "calibration": tested.counts,
             "fingerprint": fingerprint,
         }
