@@ -41,12 +41,14 @@ COLOUR, ADDITIVE_COLOUR, DOT_COLOUR = "#2f6f8f", "#b0b0b0", "#1a3c4d"
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description="Draw the results of an experiment into one picture beside them.")
+    cli.add_out_dir_flag(parser, "folder of the experiment's results")
+    cli_check.add_check_flag(parser, "draw")
     parser.add_argument(
         "--results",
         type=Path,
         default=None,
         metavar="FOLDER",
-        help="draw the main figures of these kept results (collect_results.py) into --out-dir: PDF, PNG, CSV",
+        help="draw the main figures of these kept results (collect_results.py) into --out-dir as PDF, PNG and CSV",
     )
     parser.add_argument(
         "--published",
@@ -55,8 +57,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the study's own figures, for --results (default: results/published.json of this software)",
     )
-    cli.add_out_dir_flag(parser, "folder of the experiment's results, or where the main figures go")
-    cli_check.add_check_flag(parser, "draw")
     return parser
 
 
