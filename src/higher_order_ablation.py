@@ -1,6 +1,7 @@
 """Experiment 2: remove two or three SAE features alone and together, and compare what they change.
 
-    python src/higher_order_ablation.py --data-root sae_data --data-path cells.h5ad --pair-dir results/pairwise_ablation
+    python src/higher_order_ablation.py --data-root sae_data --data-path cells.h5ad \
+        --pair-dir results/runs/pairwise_ablation
 
 Writes into the output folder: triplet_L0_F1_x_L5_F2_x_L11_F3.json per triplet (pair_... with --order 2),
 summary.json, additivity.json (do effects add?), manifest.json, progress.json, effects/ with --save-effects and partial/
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 EXPERIMENT = "higher_order_ablation"
-DEFAULT_OUT_DIRS = {2: Path("results/pairwise_ablation"), 3: Path("results/higher_order_ablation")}
+DEFAULT_OUT_DIRS = {2: Path("results/runs/pairwise_ablation"), 3: Path("results/runs/higher_order_ablation")}
 GO_ON = "everything finished is kept; run the same command again to go on."
 
 

@@ -1,6 +1,7 @@
-"""Draw what an output folder holds; its manifest says which experiment that is.
+"""Draw what an output folder holds; its manifest says which experiment that is. With --results, the main figures.
 
     python src/make_figures.py --out-dir results/layer5
+    python src/make_figures.py --results results --out-dir paper/figures
 
 - exhaustive_feature_tracing: exhaustive_tracing.png (degree distribution, edges per layer, top hubs) and
   calibration.png (edges expected by chance, by threshold and by degree; calibrated against published degrees);
@@ -31,6 +32,8 @@ from cellcircuits.controlled_results import TESTS_FILE
 from cellcircuits.errors import UserError
 from cellcircuits.graph_store import read_edges, read_features
 from cellcircuits.jsonio import read_json, write_atomically
+from cellcircuits.kept_results import PUBLISHED, Results
+from cellcircuits.main_figures import FIGURES, draw_all, tables
 from cellcircuits.manifest import open_folder
 from cellcircuits.plan_report import free_disk
 from cellcircuits.results import quantity_note
@@ -50,13 +53,44 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Draw the results of an experiment into pictures beside them.")
     cli.add_out_dir_flag(parser, "folder of the experiment's results")
     cli_check.add_check_flag(parser, "draw")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="draw the main figures of these kept results (collect_results.py) into --out-dir as PDF, PNG and CSV",
+    )
+    parser.add_argument(
+        "--published",
+        type=Path,
+        default=PUBLISHED,
+        metavar="FILE",
+        help="the study's own figures, for --results (default: results/published.json of this software)",
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     args = cli_check.parse(build_parser(), argv)
+    if args.results is not None:
+        return cli.run_script(lambda: draw_main(args), "run the same command again.")
     return cli.run_script(lambda: check(args) if args.check else draw(args.out_dir), "nothing was changed.")
+
+
+def draw_main(args: argparse.Namespace) -> int:
+    """Draw the main figures, or say what would be drawn; returns the exit status.
+
+    Raises:
+        UserError: a result is missing or malformed, or the folder cannot be written.
+    """
+    results = Results(args.results, args.published)
+    if args.check:
+        n_points = sum(text.count("\n") - 1 for text in tables(results).values())
+        print(f"{len(FIGURES)} figures of {n_points:,} points to draw into {args.out_dir}.\nDraw: {args.command}")
+        return 0
+    draw_all(results, args.out_dir, lambda name: print(f"Figure: {args.out_dir / name}.pdf, .png, .csv"))
+    return 0
 
 
 def check(args: argparse.Namespace) -> int:

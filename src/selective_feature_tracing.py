@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from cellcircuits.inputs import LayerSAE
 
 log = logging.getLogger(__name__)
-DEFAULT_OUT_DIR = Path("results/selective_tracing")
+DEFAULT_OUT_DIR = Path("results/runs/selective_tracing")
 CHOICE, SUMMARY = "chosen_features.json", "selective_summary.json"
 GO_ON = "everything finished is kept; run the same command again to go on."
 NO_PATHWAY = "(none)"

@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--n-off", type=cli.natural, default=8, help="most OFF features per layer (default: %(default)s)"
     )
-    cli.add_out_dir_flag(group, "where results go", Path("results/trajectory"))
+    cli.add_out_dir_flag(group, "where results go", Path("results/runs/trajectory"))
     cli.add_mix_versions_flag(group)
     cli_check.add_check_flag(group, "analyse")
     return parser

@@ -1,6 +1,6 @@
 """Experiment 3: steer SAE features in early cells of a trajectory and see whether the model's state moves towards late.
 
-    python src/trajectory_steering.py --data-root sae_data --data-path immune.h5ad --traj-dir results/trajectory
+    python src/trajectory_steering.py --data-root sae_data --data-path immune.h5ad --traj-dir results/runs/trajectory
 
 Writes into the output folder: steering_F25_L0.json per feature of the panel, state_signatures.npz, summary.json,
 manifest.json, progress.json and partial/ while it runs. Running the same command again goes on where it stopped;
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 EXPERIMENT = "trajectory_steering"
-DEFAULT_OUT_DIR = Path("results/trajectory_steering")
+DEFAULT_OUT_DIR = Path("results/runs/trajectory_steering")
 GO_ON = "everything finished is kept; run the same command again to go on."
 
 

@@ -6,12 +6,12 @@ cells unnoticed.
 
 import hashlib
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cellcircuits.clock import recorded_moment
 from cellcircuits.errors import UserError
 from cellcircuits.tokenizer import TOKENIZATIONS, n_expressed, n_gene_limit, rank_tokens, wrap
 from cellcircuits.vocabulary import GeneVocabulary
@@ -270,8 +270,7 @@ def _settings(selection: CellSelection) -> dict[str, Any]:
 
 def _file_report(path: Path) -> dict[str, Any]:
     status = path.stat()
-    changed = datetime.fromtimestamp(status.st_mtime, UTC)
-    return {"file": path.name, "size_bytes": status.st_size, "mtime": changed.isoformat()}
+    return {"file": path.name, "size_bytes": status.st_size, "mtime": recorded_moment(status.st_mtime)}
 
 
 def _token_report(cells: tuple[Cell, ...], ranked: list[np.ndarray], limit: int) -> dict[str, Any]:

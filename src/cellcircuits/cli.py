@@ -19,7 +19,7 @@ from cellcircuits.tokenizer import TOKENIZATIONS
 
 DEFAULT_MODEL = "ctheodoris/Geneformer"
 DEFAULT_SUBFOLDER = "Geneformer-V2-316M"
-DEFAULT_OUT_DIR = Path("results/exhaustive_tracing")
+DEFAULT_OUT_DIR = Path("results/runs/exhaustive_tracing")
 EXIT_USER_ERROR = 2
 EXIT_SIGNAL = 128
 
@@ -315,7 +315,7 @@ def run_script(main: Callable[[], int], go_on: str) -> int:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(OneLine())
         logging.basicConfig(level=logging.INFO, handlers=[handler])
-        for chatty in ("httpx", "torch"):
+        for chatty in ("httpx", "torch", "fontTools"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
         try:
             return _status(main, go_on)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from cellcircuits import combination_results
 from cellcircuits.additivity import combination_additivity
 from cellcircuits.cells import Cell
+from cellcircuits.clock import recorded_seconds
 from cellcircuits.combination_stats import (
     AdditivitySettings,
     CombinationEffects,
@@ -330,6 +331,6 @@ def measure_cells(
         for name in ARRAYS:
             getattr(so_far, name)[i] = getattr(effects, name)
         so_far.n_block_runs += effects.n_block_runs
-        so_far.seconds += time.perf_counter() - started
+        so_far.seconds += recorded_seconds(time.perf_counter() - started)
         so_far.n_cells_done = i + 1
         on_cell()

@@ -22,8 +22,8 @@ MANIFEST = "manifest.json"
 RESULTS = (
     "feature_*.json", "pair_*.json", "triplet_*.json", "steering_*.json", "*summary.json", "cell_metadata.json",
     "switch_features.json", "same_position_check.json", "calibration.json", "specificity*.json", "additivity.json",
-    "controlled_*.json", "steering_tests.json", "declaration.json", "first_half.npz", "probe.npz", "*.parquet", "blocks",
-    "partial", "effects", "state_signatures.npz", "sae_activations.npz",
+    "controlled_*.json", "steering_tests.json", "declaration.json", "*.parquet", "blocks", "partial", "effects",
+    "state_signatures.npz", "sae_activations.npz", "first_half.npz", "probe.npz",
 )  # fmt: skip
 NEEDED_SETTING = {  # one that every manifest of the experiment has
     "exhaustive_feature_tracing": ("source_layer", int),

@@ -15,6 +15,7 @@ from typing import Any
 
 from cellcircuits.activations import FLOAT32_BYTES, layer_groups
 from cellcircuits.annotation import annotate_catalog
+from cellcircuits.clock import recorded_seconds
 from cellcircuits.errors import UserError
 from cellcircuits.feature_stats import GeneFeatureCounts, build_catalog, catalog_bytes, gene_tokens
 from cellcircuits.input_counts import inputs_entry, left_out_lines
@@ -286,7 +287,8 @@ def _write_layer(
     if summary:
         results["annotation"] = summary
     provenance = state.record["provenance"]
-    results |= {"finished": True, "quality": quality, "training": trained.record, "provenance": provenance}
+    training = {**trained.record, "elapsed_seconds": recorded_seconds(trained.record["elapsed_seconds"])}
+    results |= {"finished": True, "quality": quality, "training": training, "provenance": provenance}
     results |= inputs_entry(provenance, {"sae": work.settings.training.seed})
     write_json(folder / RESULTS, results)
     return results

@@ -27,13 +27,15 @@ OUR_FILES = {
         "manifest", "progress", "(exhaustive_|selective_|trajectory_|layers_)?summary", "switch_features",
         "same_position_check", "calibration", "graph_statistics", "additivity", "declaration", "steering_tests",
         "cell_metadata", "chosen_features", r"feature_\d+", r"specificity(_\d+)?", rf"(pair|triplet)_{_COMBINATION}",
-        r"(steering|controlled)_F\d+_L\d+",
+        r"(steering|controlled)_F\d+_L\d+", "edges_by_layer", "claims",
     ),
     "parquet": ("edges", "features", r"block_\d+"),
     "png": (
         "exhaustive_tracing", "higher_order_ablation", "trajectory_steering", "graph_statistics", "calibration",
-        "specificity", "controlled_steering",
+        "specificity", "controlled_steering", r"figure\d+_\w+",
     ),
+    "(pdf|csv)": (r"figure\d+_\w+",),
+    "(md|tex)": ("README", "claims", "claims_table", "macros"),
     "npz": (
         r"block_\d+\.partial", r"effects_\d+", r"specificity_\d+", "state_signatures", "sae_activations", "first_half",
         "probe", "unfinished", r"rows_\d+", r"same_position_check_\w+", _COMBINATION,

@@ -17,6 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cellcircuits.calibration import Calibrator, FeatureCalibration, hedges_g
+from cellcircuits.clock import recorded_seconds
 from cellcircuits.device import is_out_of_memory
 from cellcircuits.edge_fdr import CalibrationSettings
 from cellcircuits.effects import Bench, CleanCell
@@ -175,7 +176,7 @@ def trace_block(
                 size = batch_size = len(batch) // 2
                 log.warning("Out of memory: going on with batches of %d features.", size)
                 continue
-            block.seconds[batch] += (time.perf_counter() - started) / len(batch)
+            block.seconds[batch] += recorded_seconds(time.perf_counter() - started) / len(batch)
             left = left[size:]
         require_finite(block.effects[active, i], clean.cell, EFFECT)
         block.measured[active, i] = True
