@@ -289,7 +289,10 @@ def state_shifts(axes: Axes, features: Sequence[Mapping[str, Any]], alpha: str) 
 def specificity_controls(out_dir: Path) -> Figure:
     """Edges and shared targets of features and their controls."""
     needed = {"source_layer", "n_features", "n_draws", "real", "controls", "features"}
-    return specificity_figure(_summary(out_dir / "specificity.json", needed))
+    summary = _summary(out_dir / "specificity.json", needed)
+    if not summary["features"]:
+        raise UserError(f"{out_dir}: holds no measured feature; run specificity_controls.py first.")
+    return specificity_figure(summary)
 
 
 def _shortened(label: str) -> str:

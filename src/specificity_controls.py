@@ -173,7 +173,7 @@ def report(out_dir: Path) -> int:
     """Summarise what the folder holds, in `specificity.json` and on the terminal; returns the exit status.
 
     Raises:
-        UserError: the folder holds no run of this experiment, or its manifest is damaged.
+        UserError: the folder holds no run of this experiment, or something in it is damaged.
     """
     from cellcircuits.specificity_summary import summarise
 
@@ -182,8 +182,11 @@ def report(out_dir: Path) -> int:
     records = specificity_results.read_records(out_dir, manifest.settings_fingerprint(settings))
     try:
         summary = summarise(list(records.values()), settings)
-    except KeyError as error:
-        raise UserError(f"{out_dir / manifest.MANIFEST}: lacks the setting {error}; restore the file.") from None
+    except (KeyError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{out_dir}: {manifest.MANIFEST} or a record is damaged ({error}); restore it, or remove the record and "
+            "run again."
+        ) from None
     write_json(out_dir / specificity_results.SUMMARY_FILE, summary | inputs_entry(content.get("provenance")))
     print("\n".join([*specificity_results.report_lines(summary), *left_out_lines(summary)]))
     return 0

@@ -35,8 +35,8 @@ class TableBench:
     def __init__(self, before: Callable[[int, Sequence[int]], None] = lambda row, features: None):
         self.before, self.calls = before, []
 
-    def n_rows(self, clean: Any, feature: int) -> int:
-        return len(clean.active_rows(feature))
+    def rows(self, clean: Any, feature: int) -> np.ndarray:
+        return clean.active_rows(feature)
 
     def effects(self, clean: Any, features: Sequence[int]) -> np.ndarray:
         self.before(clean.cell.row, features)

@@ -82,7 +82,7 @@ def test_every_condition_is_a_full_pass_with_that_edit(study):
     for of_feature in controlled:
         own = bench.saes[bench.source_layer].W_dec.weight[:, of_feature.feature]
         for clean in (c for c in cleans if len(c.active_rows(of_feature.feature))):
-            conditions = [i for i in range(len(of_feature.conditions)) if of_feature.n_rows(clean, i)]
+            conditions = [i for i in range(len(of_feature.conditions)) if len(of_feature.rows(clean, i))]
             found = of_feature.effects(clean, conditions)  # as one batch
             latents, active = source_latents(bench, clean.cell, of_feature.feature)
             for i, effects in zip(conditions, found, strict=True):
@@ -125,7 +125,7 @@ def test_sizes_match_position_by_position_and_a_direction_is_the_same_in_all_cel
                 if name and name[0] == SHUFFLED:
                     assert not set(push.rows) & set(active) and (np.diff(push.rows) > 0).all()
                     n_free = len(clean.cell.gene_positions) - len(active)
-                    assert len(push.rows) == min(len(active), n_free) == of_feature.n_rows(clean, i)
+                    assert len(push.rows) == min(len(active), n_free) == len(of_feature.rows(clean, i))
                     assert all(np.isclose(size, expected).any() for size in sizes)
                     if n_free >= len(active):
                         np.testing.assert_allclose(np.sort(sizes), np.sort(expected))
@@ -166,7 +166,7 @@ def test_without_a_latent_nothing_moves_under_any_condition():
     clean = bench.clean(setup.cells()[0])
     feature = int(clean.source.features[0, 0])
     controlled = controlled_feature(bench, [clean], feature, Draws(0, 1, 2))
-    conditions = [i for i in range(9) if controlled.n_rows(clean, i)]
+    conditions = [i for i in range(9) if len(controlled.rows(clean, i))]
     assert not controlled.effects(clean, conditions).any()
 
 

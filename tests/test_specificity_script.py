@@ -23,6 +23,7 @@ SUMMARY_KEYS = {
     "edges_mean", "calibrated_mean", "edge_ratio", "edge_ratio_low", "edge_ratio_high", "jaccard_mean", "jaccard_low",
     "jaccard_high", "jaccard_expected", "effect_cosine_mean", "wilcoxon_p", "wilcoxon_q", "n_features", "reason",
 }  # fmt: skip
+Q = ("wilcoxon_q", "wilcoxon_q_published")  # missing where their p is
 N_ROWS = 1 + 4 * 2
 
 
@@ -105,6 +106,37 @@ def test_the_report_says_it_in_words(finished: Path, capsys: pytest.CaptureFixtu
         f"Layer 1: {len(records(finished))} features, each removed" in printed and "two different features" in printed
     )
     assert without_times(finished) == before
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_few_features_give_numbers_or_reasons(n: int, finished: Path, tmp_path: Path, capsys):
+    """Strict JSON, and every missing value beside its reason; the figure says what there is."""
+    out_dir = shutil.copytree(finished, tmp_path / "out")
+    for path in sorted(out_dir.glob("specificity_*.json"))[n:]:
+        path.unlink()
+    assert script.main(["--out-dir", str(out_dir), "--analysis-only"]) == 0
+    assert f"Layer 1: {n} features" in capsys.readouterr().out
+    found = summary(out_dir)
+    real = {key: value for key, value in found["real"].items() if key != "between_features"}
+    assert (real["edges_mean"] is None) == (real["reason"] is not None) == (n == 0)
+    for content in (*found["controls"].values(), found["specific"], found["real"]["between_features"]):
+        missing = [key for key, value in content.items() if value is None and key not in ("reason", *Q)]
+        assert all(key in (content["reason"] or "") for key in missing)
+        assert bool(missing) == (content["reason"] is not None) and (missing or n > 1)
+    if n:
+        assert make_figures.main(["--out-dir", str(out_dir)]) == 0
+    else:
+        assert "holds no measured feature" in refusal(capsys, make_figures.main(["--out-dir", str(out_dir)]))
+
+
+@pytest.mark.parametrize("setting", ["calibration", "draws", "controls", "seed"])
+def test_a_damaged_manifest_is_said(setting: str, finished: Path, tmp_path: Path, capsys):
+    out_dir = shutil.copytree(finished, tmp_path / "out")
+    content = json.loads((out_dir / "manifest.json").read_text())
+    del content["settings"][setting]
+    (out_dir / "manifest.json").write_text(json.dumps(content))
+    sentence = refusal(capsys, script.main(["--out-dir", str(out_dir), "--analysis-only"]))
+    assert "manifest" in sentence
 
 
 class Stop:

@@ -239,9 +239,9 @@ class Bench:
         direction = self.saes[self.source_layer].decoder_directions[feature]
         return Push(rows, -clean.source_latents(feature, rows), direction)
 
-    def n_rows(self, clean: CleanCell, feature: int) -> int:
-        """At how many gene positions `effects` would measure a feature in a cell; 0 where it cannot."""
-        return len(clean.active_rows(feature))
+    def rows(self, clean: CleanCell, feature: int) -> NDArray[np.int64]:
+        """Gene positions, counted among these, at which `effects` measures a feature in a cell; maybe none."""
+        return clean.active_rows(feature)
 
     @torch.inference_mode()
     def push_effects(self, clean: CleanCell, pushes: Sequence[Push]) -> NDArray[np.float64]:

@@ -185,11 +185,9 @@ class ControlledFeature:
             for control, of_control in directions.unit.items()
         }
 
-    def n_rows(self, clean: CleanCell, condition: int) -> int:
-        """At how many gene positions a condition pushes in a cell; 0 where it cannot be measured."""
-        n_active = len(clean.active_rows(self.feature))
-        is_shuffled = (self.conditions[condition] or ("", 0))[0] == SHUFFLED
-        return min(n_active, len(clean.cell.gene_positions) - n_active) if is_shuffled else n_active
+    def rows(self, clean: CleanCell, condition: int) -> NDArray[np.int64]:
+        """Gene positions at which a condition pushes in a cell; none where it cannot be measured."""
+        return self.push(clean, condition).rows
 
     def effects(self, clean: CleanCell, conditions: Sequence[int]) -> Floats:
         """Effects of conditions in one cell, (len(conditions), n_targets); see `Bench.push_effects`."""

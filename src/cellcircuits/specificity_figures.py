@@ -9,17 +9,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from cellcircuits.graph_figures import BINOMIAL, DATA, LAW, LOGNORMAL, OTHER
+from cellcircuits.graph_figures import BINOMIAL, DATA, LAW, LOGNORMAL
 from cellcircuits.specificity_results import TITLES
 
 # Okabe and Ito's colours, told apart by the colour-blind; each control has its marker as well
 COLOURS = dict(zip(TITLES, (LOGNORMAL, BINOMIAL, LAW, "#cc79a7"), strict=True))
 MARKERS = dict(zip(TITLES, "osD^", strict=True))
+OVERLAP = ("jaccard_mean", "jaccard_low", "jaccard_high", "jaccard_expected")
+EXPECTED = "random targets, as many"
 LEAST = 0.5  # where no edge is drawn on a logarithmic axis
 
 
 def specificity_figure(summary: Mapping[str, Any]) -> Figure:
-    """Two panels from the content of `specificity.json`."""
+    """Two panels from the content of `specificity.json`, of one feature or more."""
     figure = Figure(figsize=(13.5, 5.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     names = [name for name in TITLES if name in summary["controls"]]
@@ -37,7 +39,7 @@ def edges_panel(axes: Axes, summary: Mapping[str, Any], names: Sequence[str]) ->
     axes.set(xlabel="edges when the feature is removed", ylabel="edges under the control (mean of its draws)")
     axes.set_title("a  Number of edges")
     rows = summary["features"]
-    own = np.maximum([row["n_edges"] for row in rows], LEAST) if rows else np.ones(0)
+    own = np.maximum([row["n_edges"] for row in rows], LEAST)
     lowest, highest = min([*own, 10.0]), max([1.0, *own])
     for name in names:
         edges = np.array([row["controls"][name]["edges_mean"] for row in rows])
@@ -76,16 +78,10 @@ def overlap_panel(axes: Axes, summary: Mapping[str, Any], names: Sequence[str]) 
             axes.hlines(
                 expected, x - 0.32, x + 0.32, color="black", linewidth=2, linestyle=":", label=_once(x, EXPECTED)
             )
-    if not len(summary["features"]):
-        axes.text(0.5, 0.5, "no feature is measured", ha="center", transform=axes.transAxes, color=OTHER)
     axes.set_xticks(range(len(columns)), [title.replace(", ", ",\n") for title, *_ in columns], fontsize=9)
     axes.set_xlim(-0.5, len(columns) - 0.5)
     axes.set_ylim(0, max(0.1, axes.get_ylim()[1]) * 1.15)
     axes.legend(frameon=False, loc="upper right", fontsize=9)
-
-
-OVERLAP = ("jaccard_mean", "jaccard_low", "jaccard_high", "jaccard_expected")
-EXPECTED = "random targets, as many"
 
 
 def _overlaps(summary: Mapping[str, Any], name: str) -> NDArray[np.float64]:

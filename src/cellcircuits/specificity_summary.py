@@ -48,12 +48,15 @@ def summarise(records: Sequence[Record], settings: Mapping[str, Any]) -> dict[st
         "rule": {key: settings[key] for key in ("min_abs_d", "min_consistency")}
         | {"max_q": MAX_Q, "min_active_cells": settings["calibration"]["min_cells"]},
         "definitions": DEFINITIONS,
-        "real": {
-            "edges_mean": _mean(_column(rows, itemgetter("n_edges"))),
-            "calibrated_mean": _mean(_column(rows, itemgetter("n_edges_calibrated"))),
-            "n_edges_not_as_traced": sum(record["n_edges_not_as_traced"] for record in records),
-            "between_features": _between(records, resampled),
-        },
+        "real": _explained(
+            {
+                "edges_mean": _mean(_column(rows, itemgetter("n_edges"))),
+                "calibrated_mean": _mean(_column(rows, itemgetter("n_edges_calibrated"))),
+                "n_edges_not_as_traced": sum(record["n_edges_not_as_traced"] for record in records),
+                "between_features": _between(records, resampled),
+            },
+            "no feature is measured",
+        ),
         "controls": controls,
         "specific": _explained(
             {

@@ -36,8 +36,8 @@ class Measures(Protocol):
 
     n_targets: int
 
-    def n_rows(self, clean: CleanCell, feature: int, /) -> int:
-        """At how many positions of a cell it is measured; 0 where it cannot be."""
+    def rows(self, clean: CleanCell, feature: int, /) -> NDArray[np.int64]:
+        """Gene positions of a cell at which it is measured; none where it cannot be."""
         ...
 
     def effects(self, clean: CleanCell, features: Sequence[int], /) -> NDArray[np.float64]:
@@ -156,8 +156,8 @@ def trace_block(
     """
     for i in range(block.n_cells_done, len(cells)):
         clean = cells[i]
-        n_active = {j: bench.n_rows(clean, feature) for j, feature in enumerate(block.features)}
-        active = sorted((j for j, n in n_active.items() if n), key=lambda j: (n_active[j], j))
+        rows = {j: bench.rows(clean, feature) for j, feature in enumerate(block.features)}
+        active = sorted((j for j in rows if len(rows[j])), key=lambda j: (len(rows[j]), j))
         size = batch_size or bench.batch_size(len(clean.cell.tokens))
         left = active
         while left:
