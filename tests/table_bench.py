@@ -44,7 +44,7 @@ class TableBench:
         return TABLE[list(features), clean.cell.row]
 
     def removed_norm(self, clean: Any, feature: int) -> float:
-        return feature + self.n_rows(clean, feature) / 8
+        return feature + len(self.rows(clean, feature)) / 8
 
     def batch_size(self, n_pos: int) -> int:
         return n_pos - 5

@@ -180,7 +180,7 @@ def trace_block(
             left = left[size:]
         require_finite(block.effects[active, i], clean.cell, EFFECT)
         block.measured[active, i] = True
-        block.n_positions[active, i] = [n_active[j] for j in active]
+        block.n_positions[active, i] = [len(rows[j]) for j in active]
         block.removed_norm[active, i] = [bench.removed_norm(clean, block.features[j]) for j in active]
         block.n_cells_done = i + 1
         on_cell(len(block.features))
