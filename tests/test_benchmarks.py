@@ -30,7 +30,7 @@ SOURCE, TARGETS = 1, (2, 4, 5)
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    for name in ("common", "floor", "memory", "published", "tracing"):
+    for name in ("calibration_cost", "common", "floor", "memory", "published", "tracing"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return import_module
 
@@ -195,6 +195,20 @@ class TestComparedEdges:
 
     def test_blocks_are_those_of_the_experiment(self, tracing: ModuleType):
         assert tracing.BLOCK_SIZE == BLOCK_SIZE
+
+
+class TestCalibrationCost:
+    def test_both_parts_are_measured_and_kept_effects_are_calibrated_again(self, load, tmp_path: Path):
+        main = load("calibration_cost").main
+        effects, first, again = (tmp_path / name for name in ("effects.npz", "first.json", "again.json"))
+        few = ["--features", "2", "--cells", "3", "--rounds", "1"]
+        assert main([*few, "--keep", str(effects), "--json", str(first)]) == 0
+        assert main([*few, "--from", str(effects), "--json", str(again)]) == 0
+        figures, later = (json.loads(path.read_text()) for path in (first, again))
+        assert figures["n_pairs"] == 6 and figures["tracing_seconds"] > 0
+        assert figures["percent_of_tracing"] > 0 and "percent_of_tracing" not in later
+        for name in ("live_targets_per_feature", "edges_per_feature", "active_cells_per_feature"):
+            assert figures[name] == later[name] and len(figures[name]) == 2
 
 
 class TestTypicalFeatures:
