@@ -341,10 +341,11 @@ def test_figure_and_look_up(finished: Path, tmp_path: Path, capsys: pytest.Captu
     copy.mkdir()
     for path in finished.glob("e*.*"):
         (copy / path.name).write_bytes(path.read_bytes())
-    for name in ("features.parquet", "manifest.json"):
+    for name in ("features.parquet", "manifest.json", "calibration.json"):
         (copy / name).write_bytes((finished / name).read_bytes())
     assert make_figures.main(["--out-dir", str(copy)]) == 0
-    assert (copy / "exhaustive_tracing.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("exhaustive_tracing.png", "calibration.png"):
+        assert (copy / name).read_bytes()[:4] == b"\x89PNG"
     edge = pq.read_table(finished / "edges.parquet").to_pylist()[0]
     assert look_up_feature.main([str(edge["source"]), "--out-dir", str(copy), "--n-edges", "100"]) == 0
     assert f"L{edge['target_layer']}/F{edge['target']} " in capsys.readouterr().out

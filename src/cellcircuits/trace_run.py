@@ -6,7 +6,7 @@ it gets the claim on (claims.py).
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -170,8 +170,7 @@ class Tracer:
     def trace_one(self, block: int, features: Sequence[int], claim: Claim, bar: tqdm) -> bool:
         """Trace some features of a block that this process holds the claim on; returns what `write_block` does."""
         partial = self.partial_path(block)
-        before = graph_store.read_shard(graph_store.shard_path(self.out_dir, block), self.fingerprint)
-        traced_before = before.facts.keys() if before else ()  # without their effects, else they were not traced again
+        traced_before = self.traced_without_effects(block) if self.effects_of is not None else ()
         effects = BlockEffects.empty(features, len(self.clean), self.bench.n_targets)
         effects.restore(partial, self.fingerprint)
         bar.update(len(features) * effects.n_cells_done)
@@ -191,6 +190,11 @@ class Tracer:
         is_written = not shard.facts or self.write_block(block, shard)
         discard(partial)
         return is_written
+
+    def traced_without_effects(self, block: int) -> Collection[int]:
+        """Features of a block whose edges are there, when some of them are to be traced again for their effects."""
+        shard = graph_store.read_shard(graph_store.shard_path(self.out_dir, block), self.fingerprint)
+        return shard.facts.keys() if shard else ()
 
     def shard(self, effects: BlockEffects) -> graph_store.Shard:
         """Edges, facts and tests of a finished block."""
