@@ -22,6 +22,7 @@ import torch  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 from scipy.stats import t as student_t  # noqa: E402
 from scipy.stats import zipf  # noqa: E402
+from simulated_combinations import rows as combination_rows  # noqa: E402
 
 from cellcircuits.calibration import Calibrator, hedges_g  # noqa: E402
 from cellcircuits.degree_tail import tail_statistics, whole_distribution  # noqa: E402
@@ -238,6 +239,7 @@ SECTIONS = [  # a section is a function from `quick` to rows, which may live in 
     Section("power", "A tenth of the targets planted, dependent noise: power, and share of false findings", power_rows),
     Section("intervals", "Hedges' g and its interval (nominal coverage 0.95)", interval_rows),
     Section("tails", "Degrees of 4,000 features from a known distribution", tail_rows),
+    Section("combinations", "Pairs and triplets with known interactions", combination_rows),
 ]
 
 

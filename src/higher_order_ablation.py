@@ -232,7 +232,8 @@ def choose(args: argparse.Namespace) -> tuple[list[Combination], dict[str, Any]]
         raise UserError(f"{'--triplets' if args.triplets else '--n-random-triplets'} goes with --order 3, the default.")
     listed = args.triplets if args.order == 3 else args.pairs
     if listed:
-        return read_combinations(listed, args.order), {"chosen_from": str(listed)}
+        seed = {"pairing_seed": args.pairing_seed} if args.n_random_triplets else {}
+        return read_combinations(listed, args.order), {"chosen_from": str(listed), **seed}
     if args.order == 3:
         if args.pair_dir is None:
             raise UserError(
@@ -257,7 +258,7 @@ def choose(args: argparse.Namespace) -> tuple[list[Combination], dict[str, Any]]
     for note in notes:
         log.warning("Note: %s", note)
     log.info("%d combinations chosen from %s", len(chosen), path)
-    return chosen, {"chosen_from": str(path), "pairing_seed": args.pairing_seed}
+    return chosen, {"chosen_from": str(path), "disjoint": args.disjoint, "pairing_seed": args.pairing_seed}
 
 
 def check_target(n_layers: int, ablated: Sequence[int], target: int) -> None:
