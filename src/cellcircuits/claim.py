@@ -1,4 +1,4 @@
-"""What a claim is, and what a run says about it. Verdicts follow rules that are fixed before the run."""
+"""What a claim is, and what a run says about it. Verdicts follow rules that stand beside them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

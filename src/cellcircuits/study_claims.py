@@ -53,7 +53,7 @@ def six_lines(results: Results, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"{len(by_verdict[HOLDS])} of {len(rows)} claims hold: {names[HOLDS]}.",
         f"{len(by_verdict[FAILS])} do not hold: {names[FAILS]}.",
         f"{len(by_verdict[OPEN])} cannot be said here: {names[OPEN]}.",
-        f"These are verdicts on the {results.inputs_name} by rules fixed beforehand (claims.json), not on others.",
+        f"These are verdicts on the {results.inputs_name} by the rules in claims.json, not on other inputs.",
     ]
 
 

@@ -29,7 +29,9 @@ def points(results: Results) -> list[Point]:
         name = f"steering_F{feature.number('feature_idx'):.0f}_L{layer}.json"
         record = results.document(STEERING, name)
         alpha = max(record.get("alpha_results"), key=float)
-        panel = f"L{layer}/F{feature.number('feature_idx'):.0f}  {feature.text('label')}, alpha {float(alpha):g}"
+        closed = "" if feature.number("n_blocks_after") else " (closed form)"
+        where = f"L{layer}/F{feature.number('feature_idx'):.0f}{closed}"
+        panel = f"{where}  {feature.text('label')}, alpha {float(alpha):g}"
         found += _genes(panel, record.part("alpha_results", alpha))
     return found
 
