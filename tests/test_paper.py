@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import check_claims
 import check_paper
 import make_paper_numbers
+from cellcircuits.errors import UserError
 from cellcircuits.kept_results import PUBLISHED, Results
 from cellcircuits.main_figures import FIGURES, tables, text_hash
 from cellcircuits.paper_numbers import macro_name, paper_files, published_number, tex
@@ -171,3 +173,37 @@ class TestPublished:
         )  # fmt: skip
         layers = [facts[f"edges_to_layer_{layer}"]["value"] for layer in (6, 11, 17)]
         assert sum(layers) == facts["n_edges"]["value"]
+
+
+class TestDamaged:
+    def test_no_damaged_value_gives_a_traceback(self, tmp_path: Path):
+        results = write_results(tmp_path)
+        files = sorted(path for path in tmp_path.rglob("*.json") if "steering_F" not in path.name)
+        rng = np.random.default_rng(0)
+        n_refused = 0
+        for _ in range(30):
+            path = files[rng.integers(len(files))]
+            kept = path.read_text()
+            content = json.loads(kept)
+            holder, key = random_place(content, rng)
+            holder[key] = [None, "many", [], {}, -1, 1e300, [None], {"a": 1}][rng.integers(8)]
+            path.write_text(json.dumps(content))
+            try:
+                paper_files(results)
+            except UserError as error:
+                n_refused += 1
+                assert path.name in str(error)
+            path.write_text(kept)
+        assert n_refused > 5
+
+
+def random_place(content: Any, rng: np.random.Generator) -> tuple[Any, Any]:
+    """A dict or list inside, and one of its keys; not the name of the inputs."""
+    holder = content
+    keys = [key for key in holder if key != "inputs_name"]
+    key = keys[rng.integers(len(keys))]
+    while isinstance(holder[key], dict | list) and holder[key] and rng.random() < 0.8:
+        holder = holder[key]
+        keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+        key = keys[rng.integers(len(keys))]
+    return holder, key
