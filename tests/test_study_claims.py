@@ -159,15 +159,16 @@ class TestDocument:
         with pytest.raises(UserError, match="n is 1 and not from 2 to 3"):
             document.within(2, 3, "n")
         assert Document(Path("f"), {"x": {"10": 0, "9": 0}, "y": [1, 2]}).ascending("x") == ["9", "10"]
-        for wrong in (
+        wrong = [
             lambda: document.parts("n"),
             lambda: document.part("a"),
             lambda: document.text("n"),
             lambda: document.numbers("n"),
             lambda: document.ascending("a", 0),
-        ):
+        ]
+        for call in wrong:
             with pytest.raises(UserError, match=r"f\.json"):
-                wrong()
+                call()
 
 
 class TestScript:
