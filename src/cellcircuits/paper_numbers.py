@@ -15,6 +15,7 @@ from cellcircuits.wording import count, decimal, p_value, percent
 
 MACROS, TABLE = "macros.tex", "claims_table.tex"
 HEAD = "% Made by make_paper_numbers.py from the result files; do not edit.\n"
+HASH_START = "\\newcommand{\\NumbersHash}{"  # of numbers, claims and figures' tables; the PDF carries it
 UNKNOWN = "not defined"
 DIGITS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
 SPECIAL = {
@@ -40,7 +41,7 @@ def paper_files(results: Results) -> dict[str, str]:
     content = judge(results)
     numbers, rows = macros(results, content), claims_table(content)
     made_from = text_hash(numbers, rows, *tables(results).values())
-    return {MACROS: f"{numbers}\\newcommand{{\\NumbersHash}}{{{made_from}}}\n", TABLE: rows}
+    return {MACROS: f"{numbers}{HASH_START}{made_from}}}\n", TABLE: rows}
 
 
 def macros(results: Results, claims: Mapping[str, Any]) -> str:
