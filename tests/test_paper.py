@@ -12,6 +12,7 @@ import pytest
 import check_claims
 import check_paper
 import make_paper_numbers
+from cellcircuits.collected import kept_files
 from cellcircuits.errors import UserError
 from cellcircuits.kept_results import PUBLISHED, Results
 from cellcircuits.main_figures import FIGURES, tables, text_hash
@@ -145,6 +146,15 @@ class TestCheck:
         (tmp_path / "results" / file).write_text(json.dumps(content))
         assert check(tmp_path / "results", made[1]) == 1
         assert "Make them again" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("n", range(9))
+    def test_any_changed_byte_is_noticed(self, made: tuple[Results, Path], tmp_path: Path, n: int):
+        shutil.copytree(made[0].folder, tmp_path / "results")
+        path = sorted(tmp_path / "results" / name for name in kept_files(tmp_path / "results"))[3 * n]
+        raw = path.read_bytes()
+        # white space between values, or a byte between a Parquet file's magic number and its first page
+        path.write_bytes(raw.replace(b"{", b"{ ", 1) if path.suffix == ".json" else raw[:4] + b"\0" + raw[5:])
+        assert check(tmp_path / "results", made[1]) in (1, 2)
 
     def test_a_changed_file_is_named_and_rounding_is_not(self, made: tuple[Results, Path], tmp_path: Path, capsys):
         shutil.copytree(made[1], tmp_path / "paper")

@@ -55,6 +55,7 @@ def macros(results: Results, claims: Mapping[str, Any]) -> str:
         values.update(source(results))
     values.update(_published(results.published_file))
     values.update(_claims(claims))
+    values["ResultsHash"] = claims["results_sha256"][:12]
     return HEAD + "".join(f"\\newcommand{{\\{name}}}{{{tex(value)}}}\n" for name, value in values.items())
 
 
