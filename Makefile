@@ -22,14 +22,16 @@ RUN = $(VENV)/bin/python src
 -include $(INPUTS)/settings.mk
 TRACE_INPUTS = $(MODEL_FLAGS) $(CELL_FLAGS)
 TRAJECTORY_INPUTS = $(MODEL_FLAGS) $(TRAJECTORY_CELL_FLAGS)
-DRAWN = exhaustive_tracing higher_order_ablation trajectory_steering
+DRAWN = exhaustive_tracing $(if $(SPECIFICITY_FLAGS),specificity) higher_order_ablation trajectory_steering \
+	$(if $(CONTROLLED_STEERING_FLAGS),controlled_steering)
 
-.PHONY: help demo all experiments pictures results figures numbers paper pdf check test test-lowest lint demo-inputs clean
+.PHONY: help demo all experiments pictures results claims figures numbers paper pdf check test test-lowest lint demo-inputs clean
 
 help:
 	@echo "make demo         run the experiments on the demo inputs, results and pictures in results/demo/"
 	@echo "make all INPUTS=FOLDER OUT=FOLDER"
 	@echo "                  run the experiments on these inputs, then make results, figures, claims and the paper"
+	@echo "make claims       judge the study's claims again from the results in $(OUT)/"
 	@echo "make paper        make figures, numbers and the PDF again from the results in $(OUT)/"
 	@echo "make check        compare figures, numbers and claims with the results that they are made from"
 	@echo "make test         run the tests"
@@ -87,6 +89,9 @@ pictures: $(VENV)/ready
 # What is kept of the runs, and the claims that they decide.
 results: $(VENV)/ready
 	$(RUN)/collect_results.py --runs $(RUNS) --name "$(NAME)" --out-dir $(OUT)
+	$(MAKE) claims
+
+claims: $(VENV)/ready
 	$(RUN)/check_claims.py --results $(OUT) $(README)
 
 figures: $(VENV)/ready

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     found = list(differences(Results(args.results, args.published), args.paper, args.readme))
     for line in found:
         print(line)
-    print("Make them again: make results paper" if found else "Claims, figures and numbers are those of the results.")
+    print("Make them again: make claims paper" if found else "Claims, figures and numbers are those of the results.")
     return 1 if found else 0
 
 

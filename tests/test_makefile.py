@@ -31,7 +31,7 @@ def commands(*words: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines if line.startswith("ready/bin/python src/")]
 
 
-@pytest.mark.parametrize("target", ["experiments", "results", "figures", "numbers", "check"])
+@pytest.mark.parametrize("target", ["experiments", "results", "claims", "figures", "numbers", "check"])
 def test_every_command_is_understood(target: str):
     found = commands(target)
     assert found

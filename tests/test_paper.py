@@ -6,14 +6,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import check_claims
 import check_paper
 import make_paper_numbers
+from cellcircuits.collected import kept_files
+from cellcircuits.errors import UserError
 from cellcircuits.kept_results import PUBLISHED, Results
 from cellcircuits.main_figures import FIGURES, tables, text_hash
-from cellcircuits.paper_numbers import macro_name, paper_files, published_number, tex
+from cellcircuits.paper_numbers import HASH_START, macro_name, paper_files, published_number, tex
 from results_fixtures import NAME, write_results
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +44,19 @@ def made(results: Results) -> tuple[Results, Path]:
             (paper / "figures" / name).with_suffix(suffix).write_text(f"drawn from {text_hash(text)}")
     (paper / "manuscript.pdf").write_text((paper / "macros.tex").read_text().split("NumbersHash")[1])
     return results, paper
+
+
+def made_elsewhere(paper: Path, changed: dict[str, str]) -> None:
+    """Let figures' tables be `changed`, and pictures and PDF be of these."""
+    for name, text in changed.items():
+        (paper / "figures" / name).write_text(text)
+        for suffix in (".pdf", ".png"):
+            (paper / "figures" / name).with_suffix(suffix).write_text(text_hash(text))
+    numbers = (paper / "macros.tex").read_text().partition(HASH_START)[0]
+    drawn = [(paper / "figures" / f"{name}.csv").read_text() for name in FIGURES]
+    made_from = text_hash(numbers, (paper / "claims_table.tex").read_text(), *drawn)
+    (paper / "macros.tex").write_text(f"{numbers}{HASH_START}{made_from}}}\n")
+    (paper / "manuscript.pdf").write_text(made_from)
 
 
 def check(results: Path, paper: Path) -> int:
@@ -131,15 +147,26 @@ class TestCheck:
         assert check(tmp_path / "results", made[1]) == 1
         assert "Make them again" in capsys.readouterr().out
 
+    @pytest.mark.parametrize("n", range(9))
+    def test_any_changed_byte_is_noticed(self, made: tuple[Results, Path], tmp_path: Path, n: int):
+        shutil.copytree(made[0].folder, tmp_path / "results")
+        path = sorted(tmp_path / "results" / name for name in kept_files(tmp_path / "results"))[3 * n]
+        raw = path.read_bytes()
+        # white space between values, or a byte between a Parquet file's magic number and its first page
+        path.write_bytes(raw.replace(b"{", b"{ ", 1) if path.suffix == ".json" else raw[:4] + b"\0" + raw[5:])
+        assert check(tmp_path / "results", made[1]) in (1, 2)
+
     def test_a_changed_file_is_named_and_rounding_is_not(self, made: tuple[Results, Path], tmp_path: Path, capsys):
         shutil.copytree(made[1], tmp_path / "paper")
         path = tmp_path / "paper/figures/figure4_steering.csv"
         text = path.read_text()
         rounded = text.replace(",0.0005,", ",0.000500000001,")
-        path.write_text(rounded)
-        for suffix in (".pdf", ".png"):
-            path.with_suffix(suffix).write_text(text_hash(rounded))
-        assert rounded != text and check(made[0].folder, tmp_path / "paper") == 0
+        assert rounded != text
+        made_elsewhere(tmp_path / "paper", {path.name: rounded})
+        claims = tmp_path / "results/claims.json"
+        shutil.copytree(made[0].folder, tmp_path / "results")
+        claims.write_text(re.sub(r"(0\.\d{9})\d*", r"\1", claims.read_text()))
+        assert check(tmp_path / "results", tmp_path / "paper") == 0
         path.write_text(text.replace(",0.0005,", ",0.0006,"))
         (tmp_path / "paper/macros.tex").unlink()
         (tmp_path / "paper/figures/figure1_overview.pdf").unlink()
@@ -171,3 +198,37 @@ class TestPublished:
         )  # fmt: skip
         layers = [facts[f"edges_to_layer_{layer}"]["value"] for layer in (6, 11, 17)]
         assert sum(layers) == facts["n_edges"]["value"]
+
+
+class TestDamaged:
+    def test_no_damaged_value_gives_a_traceback(self, tmp_path: Path):
+        results = write_results(tmp_path)
+        files = sorted(path for path in tmp_path.rglob("*.json") if "steering_F" not in path.name)
+        rng = np.random.default_rng(0)
+        n_refused = 0
+        for _ in range(30):
+            path = files[rng.integers(len(files))]
+            kept = path.read_text()
+            content = json.loads(kept)
+            holder, key = random_place(content, rng)
+            holder[key] = [None, "many", [], {}, -1, 1e300, [None], {"a": 1}][rng.integers(8)]
+            path.write_text(json.dumps(content))
+            try:
+                paper_files(results)
+            except UserError as error:
+                n_refused += 1
+                assert path.name in str(error)
+            path.write_text(kept)
+        assert n_refused > 5
+
+
+def random_place(content: Any, rng: np.random.Generator) -> tuple[Any, Any]:
+    """A dict or list inside, and one of its keys; not the name of the inputs."""
+    holder = content
+    keys = [key for key in holder if key != "inputs_name"]
+    key = keys[rng.integers(len(keys))]
+    while isinstance(holder[key], dict | list) and holder[key] and rng.random() < 0.8:
+        holder = holder[key]
+        keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+        key = keys[rng.integers(len(keys))]
+    return holder, key

@@ -155,10 +155,20 @@ class TestDocument:
             inner.get("c")
         with pytest.raises(UserError, match=r"a\[0\]\.b is 'x' and no number"):
             inner.number("b")
-        assert inner.text("b") == "x" and document.maybe("m") is None
-        for wrong in (lambda: document.parts("n"), lambda: document.part("a"), lambda: document.text("n")):
+        assert inner.text("b") == "x" and document.maybe("m") is None and document.within(0, 1, "n") == 1
+        with pytest.raises(UserError, match="n is 1 and not from 2 to 3"):
+            document.within(2, 3, "n")
+        assert Document(Path("f"), {"x": {"10": 0, "9": 0}, "y": [1, 2]}).ascending("x") == ["9", "10"]
+        wrong = [
+            lambda: document.parts("n"),
+            lambda: document.part("a"),
+            lambda: document.text("n"),
+            lambda: document.numbers("n"),
+            lambda: document.ascending("a", 0),
+        ]
+        for call in wrong:
             with pytest.raises(UserError, match=r"f\.json"):
-                wrong()
+                call()
 
 
 class TestScript:

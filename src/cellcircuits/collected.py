@@ -4,6 +4,7 @@ The folders that experiments work in hold thousands of files and serve to resume
 and the paper are made from.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -68,7 +69,7 @@ def collect(runs: Path, out_dir: Path, inputs_name: str) -> list[Path]:
             content = [edges_by_layer(folder) for folder in folders]
             write_json(out_dir / name / BY_LAYER, {INPUTS_KEY: inputs_name, "sources": content})
             found[Path(name, BY_LAYER)] = runs / name
-        for stale in _kept_files(out_dir):
+        for stale in kept_files(out_dir):
             if stale not in found:
                 discard(out_dir / stale)
     return sorted(found)
@@ -109,7 +110,18 @@ def _require_no_run(out_dir: Path, found: Iterable[Path]) -> None:
             raise UserError(f"{path.parent}: holds a run of its own; choose another --out-dir, or move the run away.")
 
 
-def _kept_files(out_dir: Path) -> Iterable[Path]:
+def content_hash(out_dir: Path) -> str:
+    """SHA-256 over names and bytes of all kept files: any number that changes changes it."""
+    digest = hashlib.sha256()
+    for name in sorted(set(kept_files(out_dir))):
+        content = (out_dir / name).read_bytes()
+        digest.update(f"{name.as_posix()} {len(content)} ".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def kept_files(out_dir: Path) -> Iterable[Path]:
+    """Files of a folder of results that `collect` wrote, by their names; relative to the folder."""
     for folder in {*NEEDED, *ALSO}:
         for pattern in (*KEPT_NAMES, f"layer*/{MANIFEST}"):
             yield from (path.relative_to(out_dir) for path in (out_dir / folder).glob(pattern))

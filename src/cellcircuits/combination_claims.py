@@ -55,7 +55,7 @@ def _triplets(results: Results) -> Finding:
         return not_measured(f"{TRIPLETS}/{FILE}", SCRIPT)
     deeper = []
     for row in document.parts("combinations"):
-        inside = [row.get("conditions", pair, INDEX, default=None) for pair in ("AB", "AC", "BC")]
+        inside = [row.maybe("conditions", pair, INDEX) for pair in ("AB", "AC", "BC")]
         if row.maybe(INDEX) is not None and None not in inside:
             deeper.append(row.number(INDEX) - statistics.fmean(inside))
     if len(deeper) < MIN_COMBINATIONS:
@@ -77,7 +77,7 @@ def _synergy(results: Results) -> Finding:
         int(sum(document.number("family", key) for document in documents))
         for key in ("n_tests", "n_interactions", "n_synergy")
     )
-    if not n_tests:
+    if not 0 <= n_synergy <= n_called <= n_tests or not n_tests:
         return Finding("no interaction was tested", OPEN, reason="no live target")
     interval = binomtest(n_synergy, n_tests).proportion_ci(0.95, "exact")
     share, low, high = n_synergy / n_tests, float(interval.low), float(interval.high)

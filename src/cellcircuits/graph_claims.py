@@ -110,7 +110,7 @@ def _frequency(results: Results) -> Finding:
         return Finding("not computed", OPEN, reason=drivers.get("reason", default="no activation frequency is known"))
     spearman = drivers.part("result", "rank_correlations", "activation_freq", "spearman")
     rho, (low, high) = spearman.maybe("rho"), (spearman.maybe("interval", i) for i in (0, 1))
-    alone = drivers.get("result", "model", "terms", "activation_freq", "deviance_explained_alone", default=None)
+    alone = drivers.maybe("result", "model", "terms", "activation_freq", "deviance_explained_alone")
     ours = f"degree with activation frequency: rank correlation {with_interval(rho, low, high)}"
     ours += f"; frequency alone explains {percent(alone)} of the deviance" if alone is not None else ""
     verdict = {HOLDS: FAILS, FAILS: HOLDS, OPEN: OPEN}[against(low, high, MIN_RHO)]

@@ -54,6 +54,17 @@ class Document:
             raise UserError(f"{self.path}: {self._named(keys)} is {str(value)[:40]!r} and no number; {MEND}.")
         return value
 
+    def within(self, low: float, high: float, *keys: str | int) -> float:
+        """The number below these keys, from `low` to `high`.
+
+        Raises:
+            UserError: it is absent, no number or outside.
+        """
+        value = self.number(*keys)
+        if not low <= value <= high:
+            raise UserError(f"{self.path}: {self._named(keys)} is {value} and not from {low} to {high}; {MEND}.")
+        return value
+
     def maybe(self, *keys: str | int) -> float | None:
         """The number below these keys, None where it is null or absent.
 
@@ -61,6 +72,29 @@ class Document:
             UserError: it is something else.
         """
         return None if self.get(*keys, default=None) is None else self.number(*keys)
+
+    def numbers(self, *keys: str | int) -> list[float]:
+        """The list of numbers below these keys.
+
+        Raises:
+            UserError: it is absent or no such list.
+        """
+        value = self.get(*keys)
+        if not isinstance(value, list):
+            raise UserError(f"{self.path}: {self._named(keys)} is no list of numbers; {MEND}.")
+        return [self.number(*keys, i) for i in range(len(value))]
+
+    def ascending(self, *keys: str | int) -> list[str]:
+        """The keys of the object below these keys, which are numbers as text, in the order of the numbers.
+
+        Raises:
+            UserError: it is absent, no object, or has other keys.
+        """
+        names = self.part(*keys).content
+        try:
+            return sorted(names, key=float)
+        except ValueError:
+            raise UserError(f"{self.path}: {self._named(keys)} has keys that are no numbers; {MEND}.") from None
 
     def interval(self, name: str) -> tuple[float | None, float | None]:
         """The ends of a number's interval, `name_low` and `name_high`."""

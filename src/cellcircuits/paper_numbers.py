@@ -15,6 +15,7 @@ from cellcircuits.wording import count, decimal, p_value, percent
 
 MACROS, TABLE = "macros.tex", "claims_table.tex"
 HEAD = "% Made by make_paper_numbers.py from the result files; do not edit.\n"
+HASH_START = "\\newcommand{\\NumbersHash}{"  # of numbers, claims and figures' tables; the PDF carries it
 UNKNOWN = "not defined"
 DIGITS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
 SPECIAL = {
@@ -40,7 +41,7 @@ def paper_files(results: Results) -> dict[str, str]:
     content = judge(results)
     numbers, rows = macros(results, content), claims_table(content)
     made_from = text_hash(numbers, rows, *tables(results).values())
-    return {MACROS: f"{numbers}\\newcommand{{\\NumbersHash}}{{{made_from}}}\n", TABLE: rows}
+    return {MACROS: f"{numbers}{HASH_START}{made_from}}}\n", TABLE: rows}
 
 
 def macros(results: Results, claims: Mapping[str, Any]) -> str:
@@ -54,6 +55,7 @@ def macros(results: Results, claims: Mapping[str, Any]) -> str:
         values.update(source(results))
     values.update(_published(results.published_file))
     values.update(_claims(claims))
+    values["ResultsHash"] = claims["results_sha256"][:12]
     return HEAD + "".join(f"\\newcommand{{\\{name}}}{{{tex(value)}}}\n" for name, value in values.items())
 
 
@@ -68,7 +70,7 @@ def _trace(results: Results) -> Iterator[tuple[str, str]]:
     rule = calibration.part("published_rule")
     n_edges, n_calibrated = summary.number("total_edges"), calibration.number("n_edges_calibrated")
     yield "SourceLayer", count(summary.number("source_layer"))
-    yield "TargetLayers", ", ".join(map(str, settings.get("downstream_layers")))
+    yield "TargetLayers", ", ".join(map(count, settings.numbers("downstream_layers")))
     yield "NCells", count(settings.number("n_cells"))
     yield "NFeatures", count(summary.number("n_features_traced"))
     yield "NEdges", count(n_edges)
@@ -132,7 +134,7 @@ def _steering(results: Results) -> Iterator[tuple[str, str]]:
     yield "NTrajectoryCells", count(settings.number("n_cells"))
     yield "NEarly", count(settings.number("n_early_cells"))
     yield "NLate", count(settings.number("n_late_cells"))
-    yield "Alphas", " and ".join(f"{alpha:g}" for alpha in settings.get("alphas"))
+    yield "Alphas", " and ".join(f"{alpha:g}" for alpha in settings.numbers("alphas"))
     yield "NSteered", count(results.document(STEERING, "summary.json").number("n_features"))
     yield "RhoGenes", _form(trajectory.maybe("confounds", "n_genes_detected", "rho"))
     yield "RhoDepth", _form(trajectory.maybe("confounds", "depth", "rho"))

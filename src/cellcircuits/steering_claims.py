@@ -22,7 +22,7 @@ def steered_features(results: Results) -> list[Document]:
 
 def largest_dose(feature: Document) -> Document | None:
     """The result of the largest alpha at which any cell was steered."""
-    alphas = sorted(feature.get("alpha_results"), key=float)
+    alphas = feature.ascending("alpha_results")
     steered = [alpha for alpha in alphas if feature.number("alpha_results", alpha, "n_cells_steered")]
     return feature.part("alpha_results", steered[-1]) if steered else None
 
@@ -30,7 +30,7 @@ def largest_dose(feature: Document) -> Document | None:
 def positive_share(feature: Document) -> float:
     """Share of the steered cells that shift towards late, at the largest alpha."""
     result = largest_dose(feature)
-    return 0.0 if result is None else result.number("frac_positive_shift")
+    return 0.0 if result is None else result.within(0, 1, "frac_positive_shift")
 
 
 def _last_layer(results: Results) -> Finding:
@@ -111,7 +111,7 @@ def _grows(feature: Document) -> bool | None:
         return None
     shifts: Sequence[float] = [
         abs(feature.number("alpha_results", alpha, "mean_state_shift"))
-        for alpha in sorted(feature.get("alpha_results"), key=float)
+        for alpha in feature.ascending("alpha_results")
         if feature.number("alpha_results", alpha, "n_cells_steered") and float(alpha) > 1
     ]
     return all(a < b for a, b in pairwise(shifts)) if len(shifts) > 1 else None

@@ -5,7 +5,7 @@ from typing import Any
 
 from cellcircuits import combination_claims, graph_claims, steering_claims
 from cellcircuits.claim import FAILS, HOLDS, OPEN, Claim
-from cellcircuits.collected import TRACE
+from cellcircuits.collected import TRACE, content_hash
 from cellcircuits.kept_results import Results
 from cellcircuits.wording import count, percent, with_interval
 
@@ -24,6 +24,7 @@ def judge(results: Results) -> dict[str, Any]:
     return {
         "inputs_name": results.inputs_name,
         "schema_version": SCHEMA_VERSION,
+        "results_sha256": content_hash(results.folder),
         "n_claims": len(rows),
         "n_holds": sum(row["verdict"] == HOLDS for row in rows),
         "n_fails": sum(row["verdict"] == FAILS for row in rows),

@@ -28,7 +28,7 @@ def points(results: Results) -> list[Point]:
     for layer, feature in sorted(strongest.items()):
         name = f"steering_F{feature.number('feature_idx'):.0f}_L{layer}.json"
         record = results.document(STEERING, name)
-        alpha = max(record.get("alpha_results"), key=float)
+        alpha = (record.ascending("alpha_results") or ["none"])[-1]
         closed = "" if feature.number("n_blocks_after") else " (closed form)"
         where = f"L{layer}/F{feature.number('feature_idx'):.0f}{closed}"
         panel = f"{where}  {feature.text('label')}, alpha {float(alpha):g}"

@@ -67,15 +67,13 @@ def _shares(statistics: Document) -> list[Point]:
 
 def _curve(statistics: Document) -> list[Point]:
     """The model of degree on frequency."""
-    curve = statistics.get("drivers", "result", "model", "frequency_curve", default=None)
-    if not curve:
+    place = ("drivers", "result", "model", "frequency_curve")
+    if not statistics.get(*place, default=None):
         return []
-    alone = statistics.number(
-        "drivers", "result", "model", "terms", "activation_freq", "deviance_explained_alone"
-    )  # fmt: skip
+    alone = statistics.number("drivers", "result", "model", "terms", "activation_freq", "deviance_explained_alone")
     series = f"model: explains {100 * alone:.0f}% of the deviance"
-    columns = [curve[key] for key in ("activation_freq", "mean", "low", "high")]
-    return [Point(FREQUENCY, series, "model", *values) for values in zip(*columns, strict=True)]
+    columns = [statistics.numbers(*place, key) for key in ("activation_freq", "mean", "low", "high")]
+    return [Point(FREQUENCY, series, "model", *values) for values in zip(*columns, strict=False)]
 
 
 def draw(drawn: Sequence[Point], inputs_name: str) -> Figure:

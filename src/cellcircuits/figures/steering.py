@@ -29,6 +29,7 @@ from cellcircuits.kept_results import Document, Results
 SHARE, SHIFT = "a share of cells", "b mean shift"
 LOOKS = [("o", BLUE), ("s", VERMILION), ("^", GREEN), ("D", ORANGE)]
 ROW = 0.17  # inches
+MAX_CELLS = 10**9
 
 
 def points(results: Results) -> list[Point]:
@@ -44,18 +45,18 @@ def points(results: Results) -> list[Point]:
         layer = feature.number("layer")
         row += 1.0 if last in (None, layer) else 1.6
         last = layer
-        for alpha in sorted(feature.get("alpha_results"), key=float):
+        for alpha in feature.ascending("alpha_results"):
             found += _of(feature, alpha, row)
     return found
 
 
 def _of(feature: Document, alpha: str, row: float) -> list[Point]:
     result = feature.part("alpha_results", alpha)
-    n = int(result.number("n_cells_steered"))
+    n = int(result.within(0, MAX_CELLS, "n_cells_steered"))
     name, series = _name(feature), f"alpha {float(alpha):g}"
     if not n:
         return [Point(SHARE, series, name, None, row), Point(SHIFT, series, name, None, row)]
-    share, mean = result.number("frac_positive_shift"), result.number("mean_state_shift")
+    share, mean = result.within(0, 1, "frac_positive_shift"), result.number("mean_state_shift")
     half = _half_width(result.maybe("std_state_shift"), n)
     return [
         Point(SHARE, series, name, share, row, *proportion_interval(round(share * n), n)),
