@@ -66,8 +66,8 @@ experiments: $(VENV)/ready
 	@echo "1. Every feature of a layer, one at a time"
 	$(RUN)/exhaustive_feature_tracing.py $(TRACE_INPUTS) $(TRACE_FLAGS) --out-dir $(RUNS)/exhaustive_tracing
 	$(RUN)/analyse_graph.py --trace-dir $(RUNS)/exhaustive_tracing $(GRAPH_FLAGS)
-	$(if $(SPECIFICITY_FLAGS),$(RUN)/specificity_controls.py --trace-dir $(RUNS)/exhaustive_tracing $(SPECIFICITY_FLAGS) \
-		$(TRACE_INPUTS) --out-dir $(RUNS)/specificity)
+	$(RUN)/specificity_controls.py --trace-dir $(RUNS)/exhaustive_tracing $(SPECIFICITY_FLAGS) \
+		$(TRACE_INPUTS) --out-dir $(RUNS)/specificity
 	@echo "2. Annotated features of several layers, then pairs of them, then triplets"
 	$(RUN)/selective_feature_tracing.py $(TRACE_INPUTS) $(SELECTIVE_FLAGS) --out-dir $(RUNS)/selective_tracing
 	$(RUN)/higher_order_ablation.py --order 2 --selective-dir $(RUNS)/selective_tracing $(PAIR_FLAGS) \
@@ -80,8 +80,7 @@ experiments: $(VENV)/ready
 		$(EQUAL_DEPTH_FLAGS) --out-dir $(RUNS)/trajectory_equal_depth)
 	$(RUN)/trajectory_steering.py $(TRAJECTORY_INPUTS) --traj-dir $(RUNS)/trajectory \
 		--panel $(RUNS)/trajectory/switch_features.json $(STEERING_FLAGS) --out-dir $(RUNS)/trajectory_steering
-	$(if $(CONTROLLED_STEERING_FLAGS),$(RUN)/controlled_steering.py $(TRAJECTORY_INPUTS) $(CONTROLLED_STEERING_FLAGS) \
-		--out-dir $(RUNS)/controlled_steering)
+	$(RUN)/controlled_steering.py $(TRAJECTORY_INPUTS) $(CONTROLLED_STEERING_FLAGS) --out-dir $(RUNS)/controlled_steering
 
 pictures: $(VENV)/ready
 	for folder in $(DRAWN); do $(RUN)/make_figures.py --out-dir $(RUNS)/$$folder || exit; done

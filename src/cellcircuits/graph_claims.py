@@ -149,6 +149,10 @@ def _specific(results: Results) -> Finding:
         f"{CONTROLS[key]}: {with_interval(*ratio)}" for key, ratio in ratios.items()
     )
     hardest = min(known, key=lambda key: known[key].number("edge_ratio_low"))
+    strength = known[hardest].maybe("effect_norm_ratio")
+    if strength is not None:
+        strengths = (strength, *known[hardest].interval("effect_norm_ratio"))
+        ours += f"; its mean effects over those of {CONTROLS[hardest]}: {with_interval(*strengths)}"
     shared, expected = (known[hardest].maybe(f"jaccard_{name}") for name in ("mean", "expected"))
     if shared is not None and expected is not None:
         ours += f"; targets shared with {CONTROLS[hardest]}: Jaccard {decimal(shared)}, {decimal(expected)} by chance"
@@ -169,7 +173,7 @@ CLAIMS = (
     ),
     Claim(
         "Coverage",
-        "Selective tracing misses most of the graph (an iceberg)",
+        "Selective tracing shows the tip of an iceberg: more edges than its fewer features explain",
         "{n_edges:,} against {selective_edges:,} edges, {iceberg_ratio:.0f} times as many; the latter cut at "
         "{selective_cut} per feature and layer",
         "experiment 1, and selective tracing of the same source layer, cells and target layers",
