@@ -141,7 +141,44 @@ def test_analysis_only_makes_the_tests_again(finished: Path, tmp_path: Path, cap
     assert "primary: probe log-odds" in capsys.readouterr().out
     (out_dir / "declaration.json").write_text("{}")
     assert script.main(["--analysis-only", "--out-dir", str(out_dir)]) == 2
-    assert "declaration.json: is damaged or of another run" in capsys.readouterr().err
+    assert "declaration.json: is missing, damaged or of another run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda dose: dose["feature"].update(probe="x"), lambda dose: dose["feature"].update(probe=["a"] * 99),
+     lambda dose: dose["feature"].update(markers=[1.0]), lambda dose: dose.update(controls=[]),
+     lambda dose: dose["controls"]["random_direction"][0].pop("signature")],
+)  # fmt: skip
+def test_a_damaged_record_is_said_not_counted_and_made_again(
+    damage, template: Study, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    out_dir = tmp_path / "run"
+    shutil.copytree(finished, out_dir)
+    path = sorted(out_dir.glob("controlled_*.json"))[0]
+    content = json.loads(path.read_text())
+    damage(content["doses"][1])
+    path.write_text(json.dumps(content))
+    assert script.main(["--analysis-only", "--out-dir", str(out_dir)]) == 0
+    assert f"{path} is damaged" in caplog.text and summary_of(out_dir)["n_features"] == 7
+    assert steer(template, out_dir) == 0
+    assert files_in(out_dir) == files_in(finished)
+
+
+@pytest.mark.parametrize("key", ["primary", "doses", "layers", "halves"])
+def test_a_damaged_declaration_is_said_in_words(key: str, finished: Path, tmp_path: Path, capsys):
+    out_dir = tmp_path / "run"
+    shutil.copytree(finished, out_dir)
+    path = out_dir / "declaration.json"
+    content = json.loads(path.read_text())
+    del content[key]
+    path.write_text(json.dumps(content))
+    assert script.main(["--analysis-only", "--out-dir", str(out_dir)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and "declaration.json or a record is damaged" in line
+    path.unlink()
+    assert script.main(["--analysis-only", "--out-dir", str(out_dir)]) == 2
+    assert "declaration.json: is missing" in capsys.readouterr().err
 
 
 def test_the_figure(finished: Path, tmp_path: Path):
