@@ -212,9 +212,11 @@ class TestResume:
     def test_a_finished_run_runs_nothing(self, tmp_path: Path):
         setup = Setup()
         setup.steerer(tmp_path).steer()
+        (tmp_path / "partial").mkdir()
+        (tmp_path / "partial" / "rows_0000000.npz").write_bytes(b"of a run killed after its last record")
         again = setup.steerer(tmp_path)
         again.steer()
-        assert again.n_passes == 0
+        assert again.n_passes == 0 and not (tmp_path / "partial").exists()
 
 
 def test_an_engine_that_disagrees_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -184,11 +184,13 @@ def open_probe_cells(args: argparse.Namespace, opened: "ModelAndCells") -> Probe
         said = str(error).replace("--obs-filter", "--probe-filter") if args.probe_filter else error
         raise UserError(f"cells for the probe: {said}") from None
     cells = _others(drawn.cells.cells, opened.cells.cells, same_file=path.resolve() == args.data_path.resolve())
+    n_left_out = len(drawn.cells.cells) - len(cells)
     if not cells:
         raise UserError(
-            f"{path}: all {len(drawn.cells.cells)} cells that match are cells of the run, so none is left for the "
-            "probe; take fewer for the run (--n-cells), or name other ones (--probe-data-path, --probe-filter)."
+            f"{path}: all {n_left_out} cells that match are cells of the run, by name or by content, so none is left "
+            "for the probe; take fewer for the run (--n-cells), or name other ones (--probe-data-path, --probe-filter)."
         )
+    log.info("%d of them left out: cells of the run, by name or by content", n_left_out)
     cells = tuple(cells[i] for i in drawn_cells(_distinct_names(cells), args.probe_cells, args.seed))
     others = replace(drawn, cells=replace(drawn.cells, cells=cells))
     labels, how, there = _labels(of_probe, others)

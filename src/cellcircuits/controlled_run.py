@@ -162,6 +162,7 @@ class ControlledSteerer:
                 self.write_record(feature, edits, values)
                 self.n_done += 1
             remove_rows(self.out_dir / "partial")
+        remove_rows(self.out_dir / "partial")  # of a run that was killed after its last record
         self.write_progress(None, 0)
         if self.n_passes:
             log.info("%d steered passes", self.n_passes)
