@@ -245,7 +245,7 @@ def report(out_dir: Path) -> int:
     """Test what the folder holds, in `steering_tests.json` and on the terminal; returns the exit status.
 
     Raises:
-        UserError: the folder holds no run of this experiment.
+        UserError: the folder holds no run of this experiment, or something in it is damaged.
     """
     from cellcircuits.steering_tests import run_tests
 
@@ -254,9 +254,16 @@ def report(out_dir: Path) -> int:
     fingerprint = manifest.settings_fingerprint(settings)
     declaration = read_declaration(out_dir, fingerprint)
     records = controlled_results.read_records(out_dir, fingerprint)
-    tests = run_tests(records, declaration, settings["seed"]) | inputs_entry(content.get("provenance"))
+    try:
+        tests = run_tests(records, declaration, settings["seed"]) | inputs_entry(content.get("provenance"))
+        lines = [*controlled_results.report_lines(tests), *left_out_lines(tests)]
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{out_dir}: {controlled_results.DECLARATION_FILE} or a record is damaged ({error}); remove it, and run "
+            "the same command without --analysis-only."
+        ) from None
     write_json(out_dir / controlled_results.TESTS_FILE, tests | {"schema_version": results.SCHEMA_VERSION})
-    print("\n".join([*controlled_results.report_lines(tests), *left_out_lines(tests)]))
+    print("\n".join(lines))
     return 0
 
 
@@ -267,9 +274,9 @@ def read_declaration(out_dir: Path, fingerprint: str) -> Mapping[str, Any]:
         UserError: there is none, or it is damaged or of another run.
     """
     path = out_dir / controlled_results.DECLARATION_FILE
-    declaration = read_json(path)
+    declaration = read_json(path) if path.exists() else None
     if not isinstance(declaration, dict) or declaration.get("fingerprint") != fingerprint:
-        raise UserError(f"{path}: is damaged or of another run; run the same command without --analysis-only.")
+        raise UserError(f"{path}: is missing, damaged or of another run; run the same command without --analysis-only.")
     return declaration
 
 

@@ -11,6 +11,7 @@ while it runs. Running the same command again goes on where it stopped; more fea
 
 import argparse
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -182,7 +183,7 @@ def report(out_dir: Path) -> int:
     records = specificity_results.read_records(out_dir, manifest.settings_fingerprint(settings))
     try:
         summary = summarise(list(records.values()), settings)
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError, zlib.error) as error:
         raise UserError(
             f"{out_dir}: {manifest.MANIFEST} or a record is damaged ({error}); restore it, or remove the record and "
             "run again."

@@ -90,6 +90,7 @@ def write_inputs(root: Path) -> None:
     }
     others = adata.copy()  # for the probe: the same genes in another order, so that no cell is one of the run's
     others.X = adata.X[:, ::-1].copy()
+    others.obs_names = [f"other {name}" for name in adata.obs_names]
     others.write_h5ad(root / "others.h5ad")
     rng = np.random.default_rng(0)
     terms = [["term", "", *(f"GENE{gene}" for gene in rng.choice(60, 12, replace=False))] for _ in range(25)]

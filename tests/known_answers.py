@@ -38,7 +38,15 @@ N_EDGES = 12
 # AVX: every whole number the same, state shifts within 4e-5, all else within 4e-6. A near tie may fall the other way on
 # a processor that was not measured, which moves more than that.
 RELATIVE = 5e-4  # of a number's size, or of these where it is next to 0
-SMALLEST = {"mean_state_shift": 1e-6, "mean_delta": 1e-3, "max_logit_delta": 1e-3, "min_logit_delta": 1e-3}
+SMALLEST = {
+    "mean_state_shift": 1e-6,
+    "signature": 1e-6,
+    "markers": 0.1,
+    "probe": 0.1,
+    "mean_delta": 1e-3,
+    "max_logit_delta": 1e-3,
+    "min_logit_delta": 1e-3,
+}
 OF_TRAINING = 2e-3  # where rounding grows from step to step
 COUNTS = ("n_edges", "n_significant", "degree")  # of what passes a threshold: one more or less, or this share
 COUNT_SHARE = 0.005
@@ -53,6 +61,8 @@ def compute(folder: Path) -> dict[str, Any]:
         "triplets": combinations(folder / "triplets", 3),
         "trajectory": trajectory(folder / "trajectory"),
         "steering": steering(folder / "steering", folder / "trajectory"),
+        "specificity": specificity(folder / "specificity", folder / "tracing"),
+        "controlled": controlled(folder / "controlled", folder / "trajectory"),
         "training": training(folder / "training"),
     }
 
@@ -163,6 +173,52 @@ def steering(out_dir: Path, traj_dir: Path) -> dict[str, Any]:
             for alpha, result in x["alpha_results"].items()
         }
         for x in read(out_dir / "summary.json")["features"]
+    }
+
+
+def specificity(out_dir: Path, trace_dir: Path) -> dict[str, Any]:
+    """Edges and strength of two features' ablations, and of one draw of each control."""
+    flags = ["--trace-dir", str(trace_dir), "--features", "25,213", "--draws", "1", "--out-dir", str(out_dir)]
+    run("specificity_controls", *INPUTS, *SAES, *CELLS, *flags)
+    records = [read(path) for path in sorted(out_dir.glob("specificity_*.json"))]
+    names = ("n_edges", "n_live_targets", "effect_norm")
+    return {
+        f"F{record['feature_idx']}": {
+            "real": {name: record["real"][name] for name in names},
+            **{
+                control: {name: draw[name] for name in (*names, "effect_cosine", "direction_cosine")}
+                for control, (draw,) in record["controls"].items()
+            },
+            "other": record["controls"]["other_feature"][0]["feature_idx"],
+        }
+        for record in records
+    }
+
+
+def controlled(out_dir: Path, traj_dir: Path) -> dict[str, Any]:
+    """Which features are chosen, what they and their controls do to every readout, and the primary test."""
+    probe = ["--probe-labels", "monocyte", "macrophage_like", "--probe-cells", "40"]
+    few = ["--layers", "0,5", "--n-on", "2", "--n-off", "2", "--n-steered", "6", "--draws", "1", "--doses", "0.5"]
+    markers = ["--markers", str(DEMO / "markers.json"), "--traj-dir", str(traj_dir), "--out-dir", str(out_dir)]
+    run("controlled_steering", *INPUTS, *SAES, *TRAJECTORY, *probe, *few, *markers)
+    tests = read(out_dir / "steering_tests.json")
+    numbers = ("mean", "linear_prediction", "n")
+    return {
+        "primary": {key: tests["primary"][key] for key in ("estimate", "excess_estimate", "n_on", "n_off")},
+        "probe": {key: tests["probe"][key] for key in ("auc", "n_early", "n_late")},
+        "mean_norm": {layer: facts["mean_norm"] for layer, facts in tests["layers"].items()},
+        "features": {
+            f"{x['kind']} L{x['layer']}/F{x['feature_idx']}": {
+                "n_cells": x["n_cells"],
+                "switch_d": x["switch_d"],
+                **{
+                    name: {key: of[key] for key in numbers}
+                    | {control: of["controls"][control]["mean"] for control in of["controls"]}
+                    for name, of in x["readouts"].items()
+                },
+            }
+            for x in tests["features"]
+        },
     }
 
 

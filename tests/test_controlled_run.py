@@ -115,6 +115,23 @@ def test_every_edit_has_exactly_the_stated_length(tmp_path: Path):
                 assert found == pytest.approx([norm] * 7, rel=1e-12)  # its own and two of each kind
 
 
+def test_an_edit_of_no_length_is_not_measured(tmp_path: Path):
+    """An alpha of a feature that the first half has nowhere, or of a feature that writes nothing."""
+    setup = Setup()
+    setup.facts[1].mean_latent[5] = 0.0
+    with torch.no_grad():
+        setup.saes[4].decoder_directions[5] = 0.0
+    assert not setup.saes[4].decoder_directions[5].any()
+    setup.steerer(tmp_path).steer()
+    records = records_in(tmp_path)
+    silent, writes_nothing = records["controlled_F5_L1.json"], records["controlled_F5_L4.json"]
+    by_norm, by_alpha = silent["doses"][1], silent["doses"][2]
+    assert by_alpha["dose"]["norm"] == by_alpha["dose"]["length"] == 0.0
+    assert any(x is not None for x in by_norm["feature"]["probe"])
+    edits = [by_alpha["feature"], *by_alpha["controls"]["random_direction"], writes_nothing["doses"][0]["feature"]]
+    assert all(value is None for edit in edits for name in VALUES for value in edit[name])
+
+
 def test_records_hold_feature_and_controls_cell_by_cell(tmp_path: Path):
     setup = Setup()
     setup.steerer(tmp_path).steer()
@@ -195,9 +212,11 @@ class TestResume:
     def test_a_finished_run_runs_nothing(self, tmp_path: Path):
         setup = Setup()
         setup.steerer(tmp_path).steer()
+        (tmp_path / "partial").mkdir()
+        (tmp_path / "partial" / "rows_0000000.npz").write_bytes(b"of a run killed after its last record")
         again = setup.steerer(tmp_path)
         again.steer()
-        assert again.n_passes == 0
+        assert again.n_passes == 0 and not (tmp_path / "partial").exists()
 
 
 def test_an_engine_that_disagrees_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

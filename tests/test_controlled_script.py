@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -12,6 +14,7 @@ import controlled_steering as script
 import make_figures
 from cellcircuits import manifest, results
 from cellcircuits.cell_rows import draw_rows
+from cellcircuits.controlled_design import Study as ControlledStudy
 from cellcircuits.maturity_probe import kept_probe
 from conftest import Study, write_study
 
@@ -141,7 +144,44 @@ def test_analysis_only_makes_the_tests_again(finished: Path, tmp_path: Path, cap
     assert "primary: probe log-odds" in capsys.readouterr().out
     (out_dir / "declaration.json").write_text("{}")
     assert script.main(["--analysis-only", "--out-dir", str(out_dir)]) == 2
-    assert "declaration.json: is damaged or of another run" in capsys.readouterr().err
+    assert "declaration.json: is missing, damaged or of another run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda dose: dose["feature"].update(probe="x"), lambda dose: dose["feature"].update(probe=["a"] * 99),
+     lambda dose: dose["feature"].update(markers=[1.0]), lambda dose: dose.update(controls=[]),
+     lambda dose: dose["controls"]["random_direction"][0].pop("signature")],
+)  # fmt: skip
+def test_a_damaged_record_is_said_not_counted_and_made_again(
+    damage, template: Study, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    out_dir = tmp_path / "run"
+    shutil.copytree(finished, out_dir)
+    path = sorted(out_dir.glob("controlled_*.json"))[0]
+    content = json.loads(path.read_text())
+    damage(content["doses"][1])
+    path.write_text(json.dumps(content))
+    assert script.main(["--analysis-only", "--out-dir", str(out_dir)]) == 0
+    assert f"{path} is damaged" in caplog.text and summary_of(out_dir)["n_features"] == 7
+    assert steer(template, out_dir) == 0
+    assert files_in(out_dir) == files_in(finished)
+
+
+@pytest.mark.parametrize("key", ["primary", "doses", "layers", "halves"])
+def test_a_damaged_declaration_is_said_in_words(key: str, finished: Path, tmp_path: Path, capsys):
+    out_dir = tmp_path / "run"
+    shutil.copytree(finished, out_dir)
+    path = out_dir / "declaration.json"
+    content = json.loads(path.read_text())
+    del content[key]
+    path.write_text(json.dumps(content))
+    assert script.main(["--analysis-only", "--out-dir", str(out_dir)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and "declaration.json or a record is damaged" in line
+    path.unlink()
+    assert script.main(["--analysis-only", "--out-dir", str(out_dir)]) == 2
+    assert "declaration.json: is missing" in capsys.readouterr().err
 
 
 def test_the_figure(finished: Path, tmp_path: Path):
@@ -217,14 +257,37 @@ def test_mistakes(template: Study, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "none of the late markers" in said("--markers", str(root / "markers.json"))
     all_cells = ("--n-cells", str(N_CELLS), "--traj-dir", str(template.root / "all"))
     assert "none is left for the probe" in said(*all_cells)
+    for check in ((), ("--check",)):  # before anything is run
+        sentence = said("--probe-labels", "monocite", "macrophage", *check)
+        assert "has 0 early and" in sentence and "their types: " in sentence and "Monocyte (" in sentence
+        assert "the probe has" in said("--probe-cells", "4", *check)
+    sentence = said("--probe-filter", "nobody=1")
+    assert sentence.startswith("error: cells for the probe: ") and "--probe-filter" in sentence
 
 
-def test_too_few_probe_cells_are_said_before_anything_is_steered(
-    template: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    assert steer(template, tmp_path / "run", "--probe-cells", "4") == 2
-    assert "the probe has" in capsys.readouterr().err
-    assert not list((tmp_path / "run").glob("controlled_*.json"))
+def test_a_mistyped_label_beside_a_right_one_is_said(template: Study, tmp_path: Path, caplog):
+    assert steer(template, tmp_path / "run", "--probe-labels", "macrophage;monocite", "monocyte", "--check") == 0
+    assert "no probe cell is of type monocite" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("doses", "primary"),
+    [((-0.5, 0.1, 0.5), {"norm": 0.5, "alpha": None}), ((-0.5, 0.1), {"norm": -0.5, "alpha": None}),
+     ((), {"norm": None, "alpha": 3.0})],
+)  # fmt: skip
+def test_of_two_doses_as_large_the_primary_test_takes_the_one_above(doses, primary):
+    args = SimpleNamespace(doses=doses, alphas=(-1.0, 3.0))
+    assert asdict(ControlledStudy.largest_dose(None, args)) == primary
+
+
+def test_probe_cells_are_others_whatever_the_file_calls_or_counts_them(template: Study, tmp_path: Path):
+    """A copy of the file with other genes has other tokens, and the same cells by name."""
+    adata = anndata.read_h5ad(template.cells)
+    adata[:, 5:].copy().write_h5ad(tmp_path / "copy.h5ad")
+    assert steer(template, tmp_path / "run", "--probe-data-path", str(tmp_path / "copy.h5ad")) == 0
+    content = json.loads((template.root / "cell_metadata.json").read_text())
+    probe = set(np.load(tmp_path / "run" / "probe.npz")["cell_ids"].tolist())
+    assert probe and not probe & set(content["cell_ids"])
 
 
 def test_another_run_s_folder_is_refused(template: Study, finished: Path, tmp_path: Path, capsys):

@@ -202,6 +202,21 @@ def test_a_damaged_record_is_made_again(study_template: Study, traced: Path, fin
     assert without_times(out_dir) == without_times(finished)
 
 
+@pytest.mark.parametrize(
+    ("where", "key", "value"),
+    [("p", "numerators", "!!!"), ("p", "numerators", "aGVsbG8="), ("p", "denominator", 0), ("live", "numerators", "eA"),
+     ("", "n_edges", "x"), ("", "effect_norm", "x")],
+)  # fmt: skip
+def test_a_record_with_other_values_is_said_in_words(where, key, value, finished: Path, tmp_path: Path, capsys):
+    out_dir = shutil.copytree(finished, tmp_path / "out")
+    path = out_dir / "specificity_0002.json"
+    content = json.loads(path.read_text())
+    (content["real"]["tests"][where] if where else content["real"])[key] = value
+    path.write_text(json.dumps(content))
+    sentence = refusal(capsys, script.main(["--out-dir", str(out_dir), "--analysis-only"]))
+    assert "a record is damaged" in sentence and "remove the record and run again" in sentence
+
+
 def test_a_run_of_other_settings_is_refused(study_template: Study, traced: Path, finished: Path, capsys):
     for words, said in (
         (["--draws", "3"], "draws is 2 there and 3 here"),
@@ -238,7 +253,8 @@ class TestTheTraceMustBeOfTheseInputs:
 
     def test_another_kind_of_folder(self, study_template: Study, traced: Path, finished: Path, tmp_path: Path, capsys):
         out_dir = tmp_path / "out"
-        assert "holds no run" in refusal(capsys, script.main(flags(study_template, tmp_path, out_dir)))
+        sentence = refusal(capsys, script.main(flags(study_template, tmp_path, out_dir)))
+        assert "holds no run" in sentence and sentence.endswith("fix --trace-dir.")
         assert "another experiment" in refusal(capsys, script.main(flags(study_template, finished, out_dir)))
         assert "other settings" in refusal(capsys, script.main(flags(study_template, traced, traced)))
         shutil.copytree(traced, tmp_path / "layers" / "layer_01")

@@ -1,17 +1,18 @@
 """Statistics of specificity controls: against SciPy, against simulation, and by hand."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import false_discovery_control, wilcoxon
+from scipy.stats import false_discovery_control, mannwhitneyu, rankdata
 
 import reference
 from cellcircuits.calibration import Calibrator, hedges_g
 from cellcircuits.edge_fdr import CalibrationSettings
 from cellcircuits.specificity_stats import HowTested, Outcome, expected_jaccard, likeness, outcome_of, specific_edges
-from cellcircuits.specificity_summary import Resampled, calibrated_edges, paired_p
+from cellcircuits.specificity_summary import Resampled, calibrated_edges, stratified_p
 from cellcircuits.stats import EdgeRule
 
 CPU = torch.device("cpu")
@@ -103,11 +104,30 @@ def test_calibrated_edges_are_scipy_s():
     assert sum(map(len, found)) > 5
 
 
-def test_paired_p_is_wilcoxon_s_and_equal_features_have_none():
+def test_the_stratified_test_is_the_enumerated_one_and_equal_runs_have_none():
+    """Every way to name one run of each of four features the ablation; ties and a feature without any difference."""
     rng = np.random.default_rng(0)
-    a, b = rng.normal(1, 1, 20), rng.normal(0, 1, 20)
-    assert paired_p(a, b) == wilcoxon(a, b).pvalue
-    assert paired_p(a, a) is None and paired_p(a[:1], b[:1]) is None
+    runs = rng.integers(0, 5, (4, 4)).astype(float)
+    runs[2] = 3.0
+    ranks = rankdata(runs, axis=1) - 2.5
+    sums = np.array([sum(ranks[i, j] for i, j in enumerate(named)) for named in product(range(4), repeat=4)])
+    assert stratified_p(runs[:, 0], runs[:, 1:]) == pytest.approx(np.mean(np.abs(sums) >= abs(ranks[:, 0].sum())))
+    one = np.array([[9.0, 1, 2, 5, 7]])
+    assert stratified_p(one[:, 0], one[:, 1:]) == pytest.approx(mannwhitneyu(one[0, :1], one[0, 1:]).pvalue)
+    assert stratified_p(runs[2:3, 0], runs[2:3, 1:]) is None
+    assert stratified_p(np.zeros(0), np.zeros((0, 4))) is None
+
+
+@pytest.mark.parametrize("n_features", [10, 50, 200])
+def test_skewed_edge_counts_do_not_make_it_reject(n_features: int):
+    """Ablations that are one draw more of their control; against its mean a signed-rank test rejects 26% of 50."""
+    rng = np.random.default_rng(n_features)
+    runs = np.rint(20 * rng.lognormal(0, 1, (400, n_features, 6)))
+    p = np.array([stratified_p(of[:, 0], of[:, 1:]) for of in runs])
+    for level in (0.05, 0.2):
+        assert abs(np.mean(p <= level) - level) < 3 * np.sqrt(level * (1 - level) / 400) + 0.01
+    shifted = [stratified_p(1.5 * of[:, 0], of[:, 1:]) for of in runs[:50]]
+    assert n_features < 200 or np.mean(np.array(shifted) < 0.05) > 0.9
 
 
 def test_intervals_are_percentiles_over_resampled_features():

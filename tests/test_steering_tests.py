@@ -1,6 +1,7 @@
 """The tests of controlled steering: against slow ones and scipy, error rates, power, what they leave out."""
 
 import json
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from scipy import stats
 
 from cellcircuits import steering_tests
 from cellcircuits.controlled_results import report_lines
+from cellcircuits.layered_difference import Layered, difference, difference_interval, difference_p
 from cellcircuits.steering_controls import CONTROLS
 from cellcircuits.steering_figures import controlled_figure
 from cellcircuits.steering_readouts import LINEAR, N_MOVED, N_MOVED_MASKED, PROBABILITY, READOUTS
@@ -139,18 +141,67 @@ class TestParts:
         exact = stats.permutation_test(
             (on, off), lambda a, b: a.mean() - b.mean(), vectorized=False, n_resamples=np.inf
         ).pvalue
-        found = of_features(on, off, "ON_minus_OFF", (0,))
+        found = of_features(one_layer(on), one_layer(off), "ON_minus_OFF", (0,))
         assert found["p"] == pytest.approx(exact)
         assert found["estimate"] == pytest.approx(on.mean() - off.mean())
         assert found["low"] < found["estimate"] < found["high"]
         assert (found["n"], found["n_on"], found["n_off"], found["reason"]) == (9, 4, 5, None)
 
     def test_too_few_features_give_a_reason(self):
-        found = of_features(np.ones(3), np.zeros(6), "ON_minus_OFF", (0,))
+        ones, zeros = one_layer(np.ones(3)), one_layer(np.zeros(6))
+        found = of_features(ones, zeros, "ON_minus_OFF", (0,))
         assert found["p"] is None and found["low"] is None and found["estimate"] == 1.0
         assert "3 features of a side" in found["reason"]
-        assert of_features(np.ones(3), np.zeros(6), "OFF", (0,))["p"] == 1.0
-        assert of_features(np.zeros(0), np.zeros(6), "ON", (0,))["estimate"] is None
+        assert of_features(ones, zeros, "OFF", (0,))["p"] == 1.0
+        assert of_features(one_layer(np.zeros(0)), zeros, "ON", (0,))["estimate"] is None
+        elsewhere = Layered(np.zeros(6), np.ones(6, dtype=np.int64))
+        found = of_features(one_layer(np.ones(8)), elsewhere, "ON_minus_OFF", (0,))
+        assert found["p"] is found["estimate"] is None and (found["n_on"], found["n_off"]) == (0, 0)
+
+
+def one_layer(values: np.ndarray) -> Layered:
+    return Layered(values, np.zeros(len(values), dtype=np.int64))
+
+
+def unbalanced(rng, layer_shift: float, effect: float) -> tuple[Layered, Layered]:
+    """Layer 0 with ten ON and four OFF features, layer 5 the other way round and shifted, layer 11 with ON alone."""
+    layers = np.repeat([0, 5], [10, 4]), np.repeat([0, 5], [4, 10])
+    on, off = (layer_shift * (of > 0) + rng.standard_normal(14) for of in layers)
+    alone = Layered(np.append(on + effect, [50.0] * 3), np.append(layers[0], [11] * 3))
+    return alone, Layered(off, layers[1])
+
+
+class TestWithinLayers:
+    def test_the_difference_is_that_of_a_regression_on_kind_and_layer(self):
+        on, off = unbalanced(np.random.default_rng(0), 3.0, 0.7)
+        values, layers = np.append(on.values, off.values), np.append(on.layers, off.layers)
+        is_on = np.arange(len(values)) < len(on.values)
+        columns = [is_on, *(layers == layer for layer in (0, 5, 11))]
+        slope = np.linalg.lstsq(np.array(columns, dtype=float).T, values, rcond=None)[0][0]
+        assert difference(on, off) == pytest.approx(slope)
+        low, high = difference_interval(on, off, 500, np.random.default_rng(0))
+        assert low < slope < high and high - low < 4
+
+    def test_p_is_that_of_every_permutation_within_layers(self):
+        rng = np.random.default_rng(4)
+        on = Layered(rng.normal(1, 1, 4), np.array([0, 0, 5, 5]))
+        off = Layered(rng.normal(0, 1, 4), np.array([0, 0, 5, 5]))
+        pools = [np.append(on.values[at], off.values[at]) for at in ([0, 1], [2, 3])]
+        splits = [(c, [i for i in range(4) if i not in c]) for c in combinations(range(4), 2)]
+        each = [[pool[list(c)].mean() - pool[rest].mean() for c, rest in splits] for pool in pools]
+        every = np.array([(a + b) / 2 for a, b in product(*each)])
+        exact = np.mean(np.abs(every) >= abs(every[0]) - 1e-12)
+        assert difference_p(on, off, 20_000, np.random.default_rng(0)) == pytest.approx(exact, abs=0.01)
+
+    @pytest.mark.parametrize(("effect", "low", "high"), [(0.0, 0.0, 0.1), (1.5, 0.9, 1.0)])
+    def test_layers_that_differ_make_no_difference_of_kinds(self, effect, low, high, monkeypatch):
+        """Permuted over all layers at once, 47 of the 100 without an effect are called."""
+        monkeypatch.setattr(steering_tests, "N_RESAMPLES", 10)
+        monkeypatch.setattr(steering_tests, "N_PERMUTATIONS", 499)
+        drawn = [unbalanced(np.random.default_rng(seed), 4.0, effect) for seed in range(100)]
+        found = [of_features(*kinds, "ON_minus_OFF", (0,)) for kinds in drawn]
+        assert low <= np.mean([one["p"] <= 0.05 for one in found]) <= high
+        assert (found[0]["n_on"], found[0]["n_off"]) == (14, 14)
 
 
 ANALYTIC = [record(17, i, kind, 3.0, analytic=True) for i, kind in enumerate(["ON", "OFF"] * 4)]
@@ -161,12 +212,14 @@ class TestErrorRates:
 
     def primary_p(self, records: list[dict]) -> float:
         values = {
-            kind: np.array(
-                [
-                    steering_tests.less_controls(r, 1)["probe", "frequency_matched"][0]
-                    for r in records
-                    if r["kind"] == kind and not r["analytic"]
-                ]
+            kind: one_layer(
+                np.array(
+                    [
+                        steering_tests.less_controls(r, 1)["probe", "frequency_matched"][0]
+                        for r in records
+                        if r["kind"] == kind and not r["analytic"]
+                    ]
+                )
             )
             for kind in ("ON", "OFF")
         }

@@ -48,7 +48,9 @@ CONTROL_DEFINITIONS = {
     "frequency_matched": "the same for the features nearest in log activation frequency in the first half's early "
     "cells, so that about as many positions are moved; none serves two features of the panel",
     "random_direction": "a random direction, the same in all cells, at the feature's own positions",
-    "all": "edits of the same length as the feature's, in the same cells; control features are not of the panel and "
+    "all": "edits of the same length as the feature's, in those of the steered cells where they move something: the "
+    "mean of a control feature is over the cells in which it is active itself, and tests over cells take those with "
+    "both; control features are not of the panel and "
     f"are active in at least {MIN_CELLS_SHARE:.0%} of the first half's early cells; active means a latent above 0",
 }
 
@@ -71,10 +73,10 @@ class Study:
         return (*(Dose(norm=norm) for norm in args.doses), *(Dose(alpha=alpha) for alpha in args.alphas))
 
     def largest_dose(self, args: argparse.Namespace) -> Dose:
-        """The dose of the primary test: the largest norm, or the largest alpha where there is none."""
+        """The dose of the primary test: the largest norm, or the largest alpha; of two as large the one above."""
         if args.doses:
-            return Dose(norm=max(args.doses, key=abs))
-        return Dose(alpha=max(args.alphas, key=lambda alpha: abs(alpha - 1)))
+            return Dose(norm=max(args.doses, key=lambda norm: (abs(norm), norm)))
+        return Dose(alpha=max(args.alphas, key=lambda alpha: (abs(alpha - 1), alpha)))
 
     def provenance(self) -> dict[str, Any]:
         """Where the numbers come from, for the record."""

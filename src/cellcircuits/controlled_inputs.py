@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from cellcircuits.cell_halves import drawn_cells, first_half
 from cellcircuits.cells import Cell
 from cellcircuits.errors import UserError
+from cellcircuits.maturity_probe import require_both_kinds
 from cellcircuits.trajectory import EARLY_PERCENTILE, Trajectory, open_trajectory
 from cellcircuits.trajectory_flags import trajectory_selection
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 DONORS = "name the one with donors or batches (--donor-column)"
 MIN_STEERED = 2
+N_TYPES_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def open_probe_cells(args: argparse.Namespace, opened: "ModelAndCells") -> Probe
         opened: the run's model and cells.
 
     Raises:
-        UserError: no cell is left, or see `open_cells` and `open_trajectory`.
+        UserError: no cell is left, too few are early or late, or see `open_cells` and `open_trajectory`.
     """
     from cellcircuits.inputs import open_cells
 
@@ -175,17 +178,24 @@ def open_probe_cells(args: argparse.Namespace, opened: "ModelAndCells") -> Probe
     }
     of_probe = argparse.Namespace(**{**vars(args), **changed})
     log.info("Cells for the probe:")
-    drawn = open_cells(of_probe, opened.loaded, trajectory_selection(of_probe))
+    try:
+        drawn = open_cells(of_probe, opened.loaded, trajectory_selection(of_probe))
+    except UserError as error:
+        said = str(error).replace("--obs-filter", "--probe-filter") if args.probe_filter else error
+        raise UserError(f"cells for the probe: {said}") from None
     cells = _others(drawn.cells.cells, opened.cells.cells, same_file=path.resolve() == args.data_path.resolve())
+    n_left_out = len(drawn.cells.cells) - len(cells)
     if not cells:
         raise UserError(
-            f"{path}: all {len(drawn.cells.cells)} cells that match are cells of the run, so none is left for the "
-            "probe; take fewer for the run (--n-cells), or name other ones (--probe-data-path, --probe-filter)."
+            f"{path}: all {n_left_out} cells that match are cells of the run, by name or by content, so none is left "
+            "for the probe; take fewer for the run (--n-cells), or name other ones (--probe-data-path, --probe-filter)."
         )
+    log.info("%d of them left out: cells of the run, by name or by content", n_left_out)
     cells = tuple(cells[i] for i in drawn_cells(_distinct_names(cells), args.probe_cells, args.seed))
     others = replace(drawn, cells=replace(drawn.cells, cells=cells))
-    labels, how = _labels(of_probe, others)
+    labels, how, there = _labels(of_probe, others)
     used = np.flatnonzero(labels >= 0)
+    require_both_kinds(labels[used] == 1, there)
     chosen = tuple(cells[i] for i in used)
     donors = None if args.donor_column is None else np.array(_donors(args, path, chosen))
     where = "other cells of the same file" if path.resolve() == args.data_path.resolve() else path.name
@@ -193,27 +203,37 @@ def open_probe_cells(args: argparse.Namespace, opened: "ModelAndCells") -> Probe
 
 
 def _others(drawn: Sequence[Cell], taken: Sequence[Cell], *, same_file: bool) -> list[Cell]:
-    """The drawn cells that are not among the taken ones, by row of the file and by tokens, whatever the file."""
+    """The drawn cells that are not among the taken ones: by row of the file, and whatever the file by tokens and name.
+
+    Downsampling, or a file with other genes, changes the tokens of a cell; names that only count cells say nothing.
+    """
     rows = {cell.row for cell in taken} if same_file else set()
     tokens = {cell.tokens.tobytes() for cell in taken}
-    return [cell for cell in drawn if cell.row not in rows and cell.tokens.tobytes() not in tokens]
+    names = {cell.name for cell in taken if not cell.name.isdigit()}
+    return [cell for cell in drawn if not (cell.row in rows or cell.name in names or cell.tokens.tobytes() in tokens)]
 
 
-def _labels(args: argparse.Namespace, others: "ModelAndCells") -> tuple[NDArray[np.int8], str]:
-    """1 late, 0 early, -1 neither, (n_cells,), and how in words."""
+def _labels(args: argparse.Namespace, others: "ModelAndCells") -> tuple[NDArray[np.int8], str, str]:
+    """1 late, 0 early, -1 neither, (n_cells,); how in words, and which types there are, for errors."""
     labels = np.full(len(others.cells.cells), -1, dtype=np.int8)
     if args.probe_labels is None:
         trajectory = open_trajectory(args, others)
         labels[trajectory.early], labels[trajectory.late] = 0, 1
-        return labels, "early and late are the outer thirds of their own pseudotime"
+        return labels, "early and late are the outer thirds of their own pseudotime", ""
     sides = [{name.lower() for name in names} for names in args.probe_labels]
     if sides[0] & sides[1]:
         raise UserError(f"--probe-labels: {sorted(sides[0] & sides[1])[0]!r} is named as early and as late.")
     types = _types(args, others.cells.cells)
     for side, names in enumerate(sides):
         labels[[i for i, name in enumerate(types) if name.lower() in names]] = side
+    counts = Counter(types)
+    there = ", ".join(f"{name} ({n})" for name, n in counts.most_common(N_TYPES_SHOWN))
+    absent = sorted(sides[0].union(sides[1]) - {name.lower() for name in counts})
+    if absent:
+        log.warning("Note: --probe-labels: no probe cell is of type %s; there are %s.", ", ".join(absent), there)
     texts = ["; ".join(names) for names in args.probe_labels]
-    return labels, f"early is {texts[0]}, late is {texts[1]} ({args.cell_type_column})"
+    how = f"early is {texts[0]}, late is {texts[1]} ({args.cell_type_column})"
+    return labels, how, f" (their types: {there}; --cell-types chooses among all)"
 
 
 def _types(args: argparse.Namespace, cells: Sequence[Cell]) -> list[str]:

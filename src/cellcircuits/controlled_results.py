@@ -14,6 +14,7 @@ TESTS_FILE = "steering_tests.json"
 DECLARATION_FILE = "declaration.json"
 NEEDED = ("feature_idx", "layer", "kind", "analytic", "steered_cells", "doses", "fingerprint")
 NEEDED_PER_DOSE = {"dose", "feature", "controls"}
+CELL_TYPES = {int, float, type(None)}
 
 
 class Named(Protocol):
@@ -62,7 +63,23 @@ def _is_whole(content: Any, name: str) -> bool:
         return False
     if name != f"controlled_{record_name(content)}.json" or not isinstance(content["doses"], list):
         return False
-    return all(isinstance(dose, dict) and dose.keys() >= NEEDED_PER_DOSE for dose in content["doses"])
+    try:
+        return all(_is_whole_dose(dose, len(content["steered_cells"])) for dose in content["doses"])
+    except (TypeError, AttributeError):
+        return False
+
+
+def _is_whole_dose(dose: Mapping[str, Any], n_cells: int) -> bool:
+    """Whether the feature and every control have the same lists, with a number or None for every cell."""
+    if not dose.keys() >= NEEDED_PER_DOSE:
+        return False
+    names = dose["feature"].keys()
+    edits = [dose["feature"], *(draw for of_kind in dose["controls"].values() for draw in of_kind)]
+    return all(_is_column(edit.get(name), n_cells) for edit in edits for name in names)
+
+
+def _is_column(values: Any, n_cells: int) -> bool:
+    return isinstance(values, list) and len(values) == n_cells and {type(value) for value in values} <= CELL_TYPES
 
 
 def report_lines(tests: Mapping[str, Any]) -> list[str]:

@@ -162,6 +162,7 @@ class ControlledSteerer:
                 self.write_record(feature, edits, values)
                 self.n_done += 1
             remove_rows(self.out_dir / "partial")
+        remove_rows(self.out_dir / "partial")  # of a run that was killed after its last record
         self.write_progress(None, 0)
         if self.n_passes:
             log.info("%d steered passes", self.n_passes)
@@ -233,12 +234,17 @@ class ControlledSteerer:
         return values
 
     def moves(self, clean: CleanStates, layer: int, edits: LayerEdits) -> list[Displacement]:
-        """The displacement of every edit in one cell; without rows where its feature is not active."""
+        """The displacement of every edit in one cell; without rows where its feature is not active, or of no length.
+
+        An edit has no length where its feature writes nothing, or where an alpha finds it active nowhere in the first
+        half: what it would do is not measured, since a pass would leave rounding in the place of nothing.
+        """
         latents: TopKLatents = self.bench.latents(clean, layer)
         rows = {at: positive_rows(latents, at) for at in {edit.at for edit in edits.edits}}
         unit = self.design.facts[layer].mean_norm
+        nowhere = np.zeros(0, dtype=np.int64)
         return [
-            Displacement(rows[edit.at], edit.norm * unit * direction)
+            Displacement(rows[edit.at] if edit.norm and direction.any() else nowhere, edit.norm * unit * direction)
             for edit, direction in zip(edits.edits, edits.directions, strict=True)
         ]
 
@@ -306,7 +312,7 @@ class ControlledSteerer:
         Raises:
             UserError: they disagree, which means that the model is not built as a Geneformer is.
         """
-        move = next((move for move in moves if len(move.rows) and move.step.any()), None)
+        move = next((move for move in moves if len(move.rows)), None)
         if self.engine_checked or move is None:
             return
         with within_memory(f"cell {clean.cell.name}: a full pass"):

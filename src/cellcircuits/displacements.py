@@ -22,7 +22,7 @@ from cellcircuits.geneformer import edited, residuals
 from cellcircuits.steering import HEAD, STEERED, CleanStates, SteeringBench
 from cellcircuits.tail import MeasuredPositions
 
-SMALLER_DOSES = "take smaller --doses, check the weights of the model, or compute on another --device."
+SMALLER_DOSES = "take smaller --doses or --alphas, check the weights of the model, or compute on another --device."
 
 
 @dataclass(frozen=True)

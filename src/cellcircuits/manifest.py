@@ -188,29 +188,29 @@ def settings_fingerprint(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def open_folder(out_dir: Path, wanted: str | None = None) -> dict[str, Any]:
+def open_folder(out_dir: Path, wanted: str | None = None, flag: str = "--out-dir") -> dict[str, Any]:
     """The manifest of a folder that already holds a run.
 
     Args:
         out_dir: the folder.
         wanted: the experiment that it must hold; None takes any.
+        flag: what names it on the command line.
 
     Raises:
         UserError: there is none, it is damaged, or of another experiment.
     """
     path = out_dir / MANIFEST
     if not os.path.lexists(path):
-        raise UserError(
-            f"{out_dir}: holds no run (no {MANIFEST}); run without --analysis-only first, or fix --out-dir."
-        )
+        first = "run without --analysis-only first, or " if flag == "--out-dir" else ""
+        raise UserError(f"{out_dir}: holds no run (no {MANIFEST}); {first}fix {flag}.")
     manifest = read_json(path)
     settings = manifest.get("settings") if isinstance(manifest, dict) else None
     experiment = settings.get("experiment") if isinstance(settings, dict) else None
     key, kind = NEEDED_SETTING.get(str(experiment), NEEDED_SETTING["exhaustive_feature_tracing"])
     if not isinstance(settings, dict) or type(settings.get(key)) is not kind:
-        raise UserError(f"{path}: is not the manifest of an experiment; fix --out-dir.")
+        raise UserError(f"{path}: is not the manifest of an experiment; fix {flag}.")
     if wanted not in (None, experiment):
-        raise UserError(f"{out_dir}: holds another experiment ({experiment}); fix --out-dir.")
+        raise UserError(f"{out_dir}: holds another experiment ({experiment}); fix {flag}.")
     return manifest
 
 

@@ -65,6 +65,26 @@ class Probe:
         }
 
 
+def require_both_kinds(is_late: NDArray[np.bool_], there: str = "") -> tuple[int, int]:
+    """How many early and late cells there are.
+
+    Args:
+        is_late: (n_cells,) labels.
+        there: what else the error says.
+
+    Raises:
+        UserError: fewer than five early or late cells.
+    """
+    n_late, n_early = int(is_late.sum()), int((~is_late).sum())
+    if min(n_early, n_late) < MIN_CELLS_OF_A_KIND:
+        raise UserError(
+            f"the probe has {n_early} early and {n_late} late cells to learn from, and needs {MIN_CELLS_OF_A_KIND} of "
+            f"each{there}; name more cells or others (--probe-data-path, --probe-cells, --probe-filter, "
+            "--probe-labels), or take fewer for the run (--n-cells)."
+        )
+    return n_early, n_late
+
+
 def fit_probe(
     streams: NDArray[np.float64], is_late: NDArray[np.bool_], donors: NDArray[Any] | None, seed: int
 ) -> Probe:
@@ -79,13 +99,7 @@ def fit_probe(
     Raises:
         UserError: fewer than five early or late cells.
     """
-    n_late, n_early = int(is_late.sum()), int((~is_late).sum())
-    if min(n_early, n_late) < MIN_CELLS_OF_A_KIND:
-        raise UserError(
-            f"the probe has {n_early} early and {n_late} late cells to learn from, and needs {MIN_CELLS_OF_A_KIND} of "
-            "each; name more cells or others (--probe-data-path, --probe-cells, --probe-filter, --probe-labels), or "
-            "take fewer for the run (--n-cells)."
-        )
+    n_early, n_late = require_both_kinds(is_late)
     whole = _pipeline().fit(streams, is_late)
     scaler, logistic = whole[0], whole[-1]
     scores, reason = _held_out_scores(streams, is_late, donors, seed)

@@ -64,7 +64,7 @@ def open_traced(folder: Path) -> TracedRun:
     """
     if holds_layers(folder):
         raise UserError(f"{folder}: holds a trace of several layers; name the folder of one of them (--trace-dir).")
-    settings = manifest.open_folder(folder, TRACE)["settings"]
+    settings = manifest.open_folder(folder, TRACE, "--trace-dir")["settings"]
     if settings.get("quantity") == SAME_POSITION:
         raise UserError(
             f"--trace-dir {folder}: holds same-position effects, and controls are of total effects; name a trace made "

@@ -40,8 +40,9 @@ DEFINITIONS = {
     "between_features": "the same overlap between the ablations of different features of the sample",
     "specific_share": "share of the ablation's edges that no draw of any control has; specific_share_expected is what "
     "random sets of the controls' sizes would leave",
-    "wilcoxon": "two-sided, paired by feature: ablation against the mean of the draws; wilcoxon_p of calibrated edges, "
-    "wilcoxon_p_published of published ones; q by Benjamini-Hochberg over the controls",
+    "wilcoxon": "two-sided rank-sum test stratified by feature (van Elteren), exact: is the ablation one draw more of "
+    "the control? wilcoxon_p of calibrated edges, wilcoxon_p_published of published ones; q by Benjamini-Hochberg over "
+    "the controls",
 }
 
 

@@ -45,7 +45,8 @@ class LayerFacts:
 class Dose:
     """A size of edits: either a share `norm` of the mean norm of the layer's stream, or an `alpha`.
 
-    An alpha stands for the length that multiplying the feature's latent by it adds on average where it is active.
+    An alpha stands for the length that multiplying the feature's latent by it adds on average where it is active; 0 of
+    a feature that is so nowhere.
     """
 
     norm: float | None = None
@@ -55,7 +56,7 @@ class Dose:
         """The length of the edit as a share of the mean norm, for a feature whose decoder direction has this length."""
         if self.alpha is None:
             return float(self.norm or 0.0)
-        return float((self.alpha - 1) * facts.mean_latent[feature] * direction_norm / facts.mean_norm)
+        return float((self.alpha - 1) * facts.mean_latent[feature] * direction_norm / facts.mean_norm) + 0.0
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,12 @@ class Edit:
     norm: float
 
     def direction(self, decoder: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The unit vector (d_model,) of the edit; `decoder` (n_features, d_model)."""
+        """The unit vector (d_model,) of the edit; 0 where `decoder` (n_features, d_model) has none for the feature."""
         if self.draw_of is not None:
             vector = np.random.default_rng(np.random.SeedSequence(self.draw_of)).standard_normal(decoder.shape[1])
         else:
             vector = decoder[self.feature]
-        return vector / np.linalg.norm(vector)
+        return vector / (np.linalg.norm(vector) or 1.0)
 
 
 @dataclass(frozen=True)

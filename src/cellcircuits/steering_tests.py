@@ -1,8 +1,8 @@
 """Does amplifying features that rise along a trajectory move cells on, more than other edits of the same size?
 
 Numbers of records in, tests out. Over features (the unit of every claim about ON and OFF features): permutations of ON
-and OFF, or sign flips of one of them, and intervals from resampling features. Over cells (for one feature at a time):
-sign flips and intervals from resampling cells. One contrast is primary; Benjamini-Hochberg over all other tests.
+and OFF within layers, or sign flips of one of them, and intervals from resampling features. Over cells (for one feature
+at a time): sign flips and intervals from resampling cells. One contrast is primary; Benjamini-Hochberg over all others.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from cellcircuits.controlled_results import record_name
+from cellcircuits.layered_difference import Layered, comparable, difference, difference_interval, difference_p
 from cellcircuits.sign_flips import flips_of
 from cellcircuits.steering_controls import CONTROLS, FREQUENCY_MATCHED
 from cellcircuits.steering_readouts import LINEAR, N_MOVED, PROBABILITY, PROBE, READOUTS
@@ -43,8 +44,9 @@ def primary_definition(dose: Mapping[str, float | None]) -> dict[str, Any]:
         "layer": ALL_LAYERS,
         "dose": dict(dose),
         "definition": f"probe log-odds at {size} over all layers with a block after them: (feature - its "
-        "frequency-matched controls) of ON minus that of OFF features, each a mean over cells; two-sided permutation "
-        "of ON and OFF over features, interval by resampling features",
+        "frequency-matched controls) of ON minus that of OFF features of the same layer, each a mean over cells, "
+        "layers weighted by n_on n_off / (n_on + n_off); two-sided permutation of ON and OFF within layers, interval "
+        "by resampling features",
     }
 
 
@@ -96,15 +98,14 @@ def sign_flip_p(values: NDArray[np.float64], seeds: Sequence[int]) -> float | No
     return float(numerator / denominator)
 
 
-def of_features(
-    on: NDArray[np.float64], off: NDArray[np.float64], contrast: str, seeds: Sequence[int]
-) -> dict[str, Any]:
+def of_features(on: Layered, off: Layered, contrast: str, seeds: Sequence[int]) -> dict[str, Any]:
     """One contrast over features.
 
     Args:
-        on: (n_on,) value of each ON feature, less its controls.
-        off: (n_off,) of each OFF feature.
-        contrast: `ON`, `OFF` (against 0, by sign flips) or `ON_minus_OFF` (by permutation).
+        on: value of each ON feature, less its controls.
+        off: of each OFF feature.
+        contrast: `ON`, `OFF` (against 0, by sign flips) or `ON_minus_OFF` (by permutation within layers; features of
+            a layer without the other kind have nothing to be compared with, and do not count).
         seeds: of permutations and resampling.
 
     Returns:
@@ -112,36 +113,49 @@ def of_features(
     """
     asked = _asked(on, off, contrast)
     found = _estimate("", asked, seeds)
-    counts = {"n": sum(map(len, asked)), "n_on": len(on), "n_off": len(off)}
-    fewest = min(map(len, asked))
+    sizes = [len(of_kind.values) for of_kind in asked]
+    n_on, n_off = sizes if len(asked) == 2 else (len(on.values), len(off.values))
+    counts, fewest = {"n": sum(sizes), "n_on": n_on, "n_off": n_off}, min(sizes)
     if fewest < MIN_FEATURES:
-        sides = "a side" if len(asked) == 2 else "this kind"
-        reason = f"{fewest} features of {sides} were steered in {MIN_CELLS} cells or more, {MIN_FEATURES} are needed"
+        sides = "a side, in layers with both," if len(asked) == 2 else "this kind"
+        reason = (
+            f"{fewest} features of {sides} and a control of theirs were steered in {MIN_CELLS} cells or more; "
+            f"{MIN_FEATURES} are needed"
+        )
         return {**found, "p": None, **counts, "reason": reason}
-    p = _permutation_p(on, off, seeds) if len(asked) == 2 else sign_flip_p(asked[0], seeds)
+    p = _permutation_p(*asked, seeds) if len(asked) == 2 else sign_flip_p(asked[0].values, seeds)
     return {**found, "p": p, **counts, "reason": None}
 
 
-def _asked(on: NDArray[np.float64], off: NDArray[np.float64], contrast: str) -> tuple[NDArray[np.float64], ...]:
-    return {ON: (on,), OFF: (off,), DIFFERENCE: (on, off)}[contrast]
+def _asked(on: Layered, off: Layered, contrast: str) -> tuple[Layered, ...]:
+    return comparable(on, off) if contrast == DIFFERENCE else (on if contrast == ON else off,)
 
 
-def _estimate(name: str, asked: tuple[NDArray[np.float64], ...], seeds: Sequence[int]) -> dict[str, float | None]:
-    """Mean, or difference of means, with its interval where there are four features of a side."""
+def _estimate(name: str, asked: tuple[Layered, ...], seeds: Sequence[int]) -> dict[str, float | None]:
+    """Mean, or difference within layers, with its interval where there are four features of a side."""
     keys = [f"{name}_{key}".lstrip("_") for key in ("estimate", "low", "high")]
-    statistic = _difference if len(asked) == 2 else np.mean
-    estimate = float(statistic(*asked, axis=-1)) if all(map(len, asked)) else None
-    low, high = (None, None) if min(map(len, asked)) < MIN_FEATURES else _interval(asked, statistic, seeds)
-    return dict(zip(keys, (estimate, low, high), strict=True))
+    fewest = min(len(of_kind.values) for of_kind in asked)
+    if not fewest:
+        return dict.fromkeys(keys)
+    estimate = difference(*asked) if len(asked) == 2 else float(asked[0].values.mean())
+    interval: Interval = (None, None)
+    if fewest >= MIN_FEATURES and len(asked) == 2:
+        interval = difference_interval(*asked, N_RESAMPLES, _rng(seeds))
+    elif fewest >= MIN_FEATURES:
+        interval = _interval((asked[0].values,), np.mean, seeds)
+    return dict(zip(keys, (estimate, *interval), strict=True))
 
 
 def _difference(on: NDArray[np.float64], off: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
     return on.mean(axis=axis) - off.mean(axis=axis)
 
 
-def _permutation_p(on: NDArray[np.float64], off: NDArray[np.float64], seeds: Sequence[int]) -> float:
+def _permutation_p(on: Layered, off: Layered, seeds: Sequence[int]) -> float:
+    """By SciPy within one layer, which tries all permutations where they are few; within layers by draws."""
+    if len(np.unique(on.layers)) > 1:
+        return difference_p(on, off, N_PERMUTATIONS, _rng(seeds))
     tested = stats.permutation_test(
-        (on, off), _difference, vectorized=True, n_resamples=N_PERMUTATIONS, random_state=_rng(seeds)
+        (on.values, off.values), _difference, vectorized=True, n_resamples=N_PERMUTATIONS, random_state=_rng(seeds)
     )
     return float(tested.pvalue)
 
@@ -247,17 +261,32 @@ def _contrasts(
         code = ALL_CODE if layer == ALL_LAYERS else int(layer)
         asked = product(enumerate(declaration["doses"]), enumerate(READOUTS), enumerate(CONTROLS))
         for (number, dose), (r, readout), (k, control) in asked:
-            on, off = (
-                np.array([found[readout, control] for i in members if records[i]["kind"] == kind
-                          and (readout, control) in (found := values[i][number])]).reshape(-1, 2)
+            (on, on_excess), (off, off_excess) = (
+                _of_kind(
+                    records, values, [i for i in members if records[i]["kind"] == kind], (number, readout, control)
+                )
                 for kind in (ON, OFF)
-            )  # fmt: skip
+            )
             head = {"layer": layer, "dose": dict(dose), "readout": readout, "control": control}
             for c, contrast in enumerate((DIFFERENCE, ON, OFF)):
                 seeds = (seed, 1, code, number, r, k, c)
-                tested = of_features(on[:, 0], off[:, 0], contrast, seeds)
-                excess = _estimate("excess", _asked(on[:, 1], off[:, 1], contrast), (*seeds, 1))
+                tested = of_features(on, off, contrast, seeds)
+                excess = _estimate("excess", _asked(on_excess, off_excess, contrast), (*seeds, 1))
                 yield {**head, "contrast": contrast, "analytic": analytic, **tested, **excess}
+
+
+def _of_kind(
+    records: Sequence[Mapping[str, Any]],
+    values: Sequence[Sequence[Mapping[tuple[str, str], tuple[float, float]]]],
+    members: Sequence[int],
+    asked: tuple[int, str, str],
+) -> tuple[Layered, Layered]:
+    """Differences and excesses of those members that were measured at a dose, by a readout, against a control."""
+    number, *key = asked
+    measured = [i for i in members if tuple(key) in values[i][number]]
+    found = np.array([values[i][number][tuple(key)] for i in measured]).reshape(-1, 2)
+    layers = np.array([records[i]["layer"] for i in measured], dtype=np.int64)
+    return Layered(found[:, 0], layers), Layered(found[:, 1], layers)
 
 
 def _of_feature(record: Mapping[str, Any], number: int, seed: int) -> dict[str, Any]:
