@@ -172,6 +172,18 @@ class TestOneFeature:
         constant = hedges_g(np.ones((5, 1)))
         assert np.isnan(constant[1]).all() and np.isnan(hedges_g(effects[:2])[0]).all()
 
+    @pytest.mark.parametrize("n_cells", [3, 13, 20, 50])
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_the_interval_of_copies_of_one_cell(self, n_cells: int, sign: int):
+        """Copies differ by rounding alone: d is beyond what SciPy's noncentral t takes, which never ends or is wrong."""
+        noise = np.random.default_rng(n_cells).normal(size=n_cells)
+        noise = (noise - noise.mean()) / noise.std(ddof=1)
+        d = sign * 10.0 ** np.array([2, 3, 4, 5, 7, 9])
+        g, low, high = hedges_g(noise[:, None] + d)
+        assert (low < d).all() and (d < high).all() and (low < g).all() and (g < high).all()
+        ratios = np.stack([low, high]) / d  # far out the interval is the same multiple of d
+        np.testing.assert_allclose(ratios, np.broadcast_to(ratios[:, :1], ratios.shape), rtol=0.02)
+
 
 @pytest.mark.parametrize("n_cells", [5, 8, 10, 20, 50])
 def test_pure_noise_makes_no_discoveries_and_the_rule_s_rate_is_estimated(n_cells: int):
