@@ -231,6 +231,8 @@ def choose(args: argparse.Namespace) -> tuple[list[Combination], dict[str, Any]]
     if args.order == 2 and (args.triplets or args.n_random_triplets):
         raise UserError(f"{'--triplets' if args.triplets else '--n-random-triplets'} goes with --order 3, the default.")
     listed = args.triplets if args.order == 3 else args.pairs
+    if listed and args.disjoint:
+        raise UserError(f"--disjoint goes without a list: mend {listed} itself so that no two share a feature.")
     if listed:
         seed = {"pairing_seed": args.pairing_seed} if args.n_random_triplets else {}
         return read_combinations(listed, args.order), {"chosen_from": str(listed), **seed}

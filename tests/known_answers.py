@@ -48,7 +48,8 @@ SMALLEST = {
     "min_logit_delta": 1e-3,
 }
 OF_TRAINING = 2e-3  # where rounding grows from step to step
-COUNTS = ("n_edges", "n_significant", "degree")  # of what passes a threshold: one more or less, or this share
+# of what passes a threshold: one more or less, or this share
+COUNTS = ("n_edges", "n_significant", "degree", "calibration", "n_tests", "n_interactions")
 COUNT_SHARE = 0.005
 
 
@@ -107,7 +108,22 @@ def tracing(out_dir: Path) -> dict[str, Any]:
             f"L5/F{edge['source']} -> L{edge['target_layer']}/F{edge['target']}": {key: edge[key] for key in numbers}
             for edge in strongest
         },
+        "calibration": calibration(out_dir, [edge["p_sign_flip"] for edge in edges]),
         "cells_and_genes": inputs_of(out_dir / "exhaustive_summary.json"),
+    }
+
+
+def calibration(out_dir: Path, p_of_edges: list[float]) -> dict[str, Any]:
+    """What tests leave of the edges, what chance makes of them, and how much each feature writes."""
+    import pyarrow.parquet as pq
+
+    content = read(out_dir / "calibration.json")
+    rows = [row for row in pq.read_table(out_dir / "features.parquet").to_pylist() if row["is_traced"]]
+    return {
+        **{name: content[name] for name in ("n_tests", "n_tests_bh", "n_edges_bh", "n_edges_calibrated")},
+        "n_edges_with_p_below_0.01": sum(p < 0.01 for p in p_of_edges),
+        **{name: content["published_rule"][name] for name in ("expected_null_edges", "fdr", "fdr_low", "fdr_high")},
+        "ablated_norm": {f"F{row['feature']}": row["ablated_norm"] for row in rows},
     }
 
 
@@ -129,13 +145,21 @@ def combinations(out_dir: Path, order: int) -> dict[str, Any]:
     )
     names = ("n_active", "n_significant", *ratio, "mean_abs_d")
     records = [read(path) for path in sorted(out_dir.glob("*L*_F*.json"))]
+    additive = {entry["id"]: entry["conditions"] for entry in read(out_dir / "additivity.json")["combinations"]}
+    tested = ("redundancy_index", "redundancy_index_low", "redundancy_index_high", "n_tests", "n_interactions")
     return {
-        record[f"{'pair' if order == 2 else 'triplet'}_id"]: {
+        key_of(record): {
             **{name: record[name] for name in names},
             "norm_ratio": {name: of["norm_ratio"] for name, of in record["additivity_of_means"].items()},
+            "additivity": {name: {key: of[key] for key in tested} for name, of in additive[key_of(record)].items()},
         }
         for record in records
     }
+
+
+def key_of(record: dict[str, Any]) -> str:
+    """The name of a pair or triplet."""
+    return record.get("pair_id") or record["triplet_id"]
 
 
 def trajectory(out_dir: Path) -> dict[str, Any]:

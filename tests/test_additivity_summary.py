@@ -194,6 +194,19 @@ def test_a_folder_without_combinations_and_one_without_an_index() -> None:
         assert "no pair has a redundancy index" in "\n".join(additivity_lines(content))
 
 
+@pytest.mark.parametrize(("n_cells", "said"), [(1, "below 1"), (4, "below 0.12"), (14, "would be needed")])
+def test_without_any_interaction_no_interval_is_given_and_it_says_why_there_is_none(n_cells: int, said: str) -> None:
+    """Resamples of nothing would say "0.00 to 0.00%"; few cells cannot reach any q, however many tests have that p."""
+    records = [record(2, ((0, i), (5, i)), "listed", 0.0, n_cells) for i in range(4)]
+    content = additivity_summary(2, records, CONFIG)
+    family = content["family"]
+    assert family["n_interactions"] == 0 and family["share"] == 0.0
+    assert family["share_low"] is None and "no interaction is called" in family["reason"]
+    text = "\n".join(additivity_lines(content))
+    assert said in text and f"{family['n_tests']} tests (0.00%);" in text
+    assert (family["n_needed_at_smallest_p"] > family["n_tests"]) == (n_cells < 14) == ("none could be called" in text)
+
+
 @pytest.mark.parametrize("n_cells", [1, 14])
 def test_the_figure_draws_every_index_with_its_interval(four_each: list[dict], n_cells: int) -> None:
     records = four_each if n_cells > 1 else [record(2, ((0, 1), (5, 1)), "listed", 0.0, n_cells=1)]

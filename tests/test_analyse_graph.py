@@ -263,3 +263,13 @@ def test_calibrated_degrees_of_features_that_have_them(trace: Path) -> None:
     expected = [row["degree_calibrated"] for row in rows if row["degree_calibrated"] is not None]
     content = statistics_of(trace)
     assert (content["features"]["n"], content["degree"]["total_edges"]) == (len(expected), sum(expected))
+
+
+def test_without_any_calibrated_degree_it_says_what_would_give_one(trace: Path, capsys: pytest.CaptureFixture[str]):
+    features = pq.read_table(trace / "features.parquet")
+    none = pa.nulls(len(features), pa.int32())
+    at = features.schema.get_field_index("degree_calibrated")
+    pq.write_table(features.set_column(at, FEATURE_SCHEMA.field(at), none), trace / "features.parquet")
+    assert analyse_graph.main(["--trace-dir", str(trace), "--degree", "calibrated", *QUICK]) == 2
+    said = capsys.readouterr().err
+    assert "none is active in enough cells" in said and "--degree raw" in said and said.count("\n") == 1

@@ -125,6 +125,52 @@ class TestErrorRates:
         *_, calibrated = family.columns(*columns, np.array([1, 0.6, 1, 1, 1]), np.array([8, 8, 8, 7, 8]))
         assert calibrated.tolist() == [True, False, False, False, False]
 
+    def test_a_feature_without_calibrated_edges_is_no_hub(self):
+        """Of 30 features the first 20 by number must not pass for those that keep most edges."""
+        features = [facts(i, n_edges=30 - i, degree_calibrated=kept) for i, kept in enumerate([0, None, 7] + 27 * [0])]
+        content = graph_calibration(features, one_test().q_values(), FEW)
+        assert (content["n_hubs"], content["n_hubs_kept"]) == (20, 1)
+        assert "1 of the 20 features with most edges" in "\n".join(calibration_lines(content))
+        content = graph_calibration(features[:12], one_test().q_values(), FEW)
+        assert "with most edges" not in "\n".join(calibration_lines(content))  # any that keeps an edge stays
+
+    def test_p_too_coarse_for_the_number_of_tests_are_said(self):
+        drawn = [facts(0, n_edges=30, degree_calibrated=3)]
+        step = FEW.n_draws + 1
+
+        def lines(denominator: int, numerators: np.ndarray) -> tuple[dict, str]:
+            counts = PCounts()
+            counts.add(denominator, numerators)
+            of_run = [x | {"calibration": x["calibration"] | {"p": {"denominator": denominator}}} for x in drawn]
+            content = graph_calibration(of_run, counts.q_values(), FEW)
+            return content, "\n".join(calibration_lines(content))
+
+        content, said = lines(step, np.array([1] * 40 + [step] * 60))
+        assert content["largest_p_bh"] == content["smallest_p"] == 1 / step and content["n_tests_drawn"] == 1
+        assert content["n_needed_at_smallest_p"] == 1 and "with another seed other tests pass" in said
+        assert "another seed" not in lines(step, np.array([1] * 5 + [60] * 195))[1]  # up to p 0.03
+        assert "another seed" not in lines(64, np.array([1] * 60 + [64] * 10))[1]  # all vectors: no seed
+        content, said = lines(16, np.array([1, 2, 16]))
+        assert (
+            content["largest_p_bh"] is None
+            and "none could be called, since no p of so few cells is below 0.062" in said
+        )
+        assert "150 with the smallest p, 0.0005, would be needed" in lines(step, np.full(15_001, step))[1]
+
+
+def facts(feature: int, **numbers) -> dict:
+    tests = {
+        "p": {"denominator": FEW.n_draws + 1}, "n_live_targets": 1, "null_edges": 1.0, "resampled_edges": [3, 4],
+        "resampled_null_edges": [1, 1], "sweep_edges": np.ones((6, 5)), "sweep_null_edges": np.ones((6, 5)),
+    }  # fmt: skip
+    return {"feature_idx": feature, "n_edges_bh": 0, "n_cells_active": 20, **numbers, "calibration": tests}
+
+
+def one_test() -> PCounts:
+    counts = PCounts()
+    counts.add(FEW.n_draws + 1, np.array([1]))
+    return counts
+
 
 def calibrated(effects: np.ndarray, feature: int = 3, settings: CalibrationSettings = FEW) -> FeatureCalibration:
     measured = np.ones(len(effects), dtype=bool)
@@ -171,6 +217,18 @@ class TestOneFeature:
         assert nct.cdf(t, 7, high[0] * np.sqrt(8)) == pytest.approx(0.025, abs=1e-6)
         constant = hedges_g(np.ones((5, 1)))
         assert np.isnan(constant[1]).all() and np.isnan(hedges_g(effects[:2])[0]).all()
+
+    @pytest.mark.parametrize("n_cells", [3, 13, 20, 50])
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_the_interval_of_copies_of_one_cell(self, n_cells: int, sign: int):
+        """They differ by rounding alone: d is beyond what SciPy's noncentral t takes, which never ends or is wrong."""
+        noise = np.random.default_rng(n_cells).normal(size=n_cells)
+        noise = (noise - noise.mean()) / noise.std(ddof=1)
+        d = sign * 10.0 ** np.array([2, 3, 4, 5, 7, 9])
+        g, low, high = hedges_g(noise[:, None] + d)
+        assert (low < d).all() and (d < high).all() and (low < g).all() and (g < high).all()
+        ratios = np.stack([low, high]) / d  # far out the interval is the same multiple of d
+        np.testing.assert_allclose(ratios, np.broadcast_to(ratios[:, :1], ratios.shape), rtol=0.02)
 
 
 @pytest.mark.parametrize("n_cells", [5, 8, 10, 20, 50])

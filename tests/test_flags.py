@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import exhaustive_feature_tracing as script
+import higher_order_ablation
 from cellcircuits import cli
 from cellcircuits.catalog import FeatureInfo
 from cellcircuits.errors import UserError
@@ -212,3 +213,11 @@ class TestFeaturesTable:
         assert features[unknown].activation_freq.isna().all() and features[~unknown].activation_freq.notna().all()
         assert set(features[unknown].label) == {"unannotated"}
         assert {tuple(genes) for genes in features[unknown].top_genes} == {()}
+
+
+@pytest.mark.parametrize("parser", [script.build_parser, higher_order_ablation.build_parser])
+def test_more_sign_flips_than_memory_holds_are_refused(parser, capsys: pytest.CaptureFixture[str]):
+    assert parser().parse_args(["--sign-flips", "1000000"]).sign_flips == 1_000_000
+    with pytest.raises(SystemExit, match="2"):
+        parser().parse_args(["--sign-flips", "100000000000"])
+    assert "argument --sign-flips: '100000000000' is more than 1,000,000" in capsys.readouterr().err

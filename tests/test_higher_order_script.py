@@ -288,6 +288,7 @@ MISTAKES = {
     "pairs for triplets": (["--pairs"], "1:1,2:2\n", ["--order 2"]),
     "no cells": (["--data-path", "absent.h5ad"], None, ["absent.h5ad"]),
     "no data root": (["--data-root", "absent"], None, ["absent"]),
+    "a list made disjoint": (["--disjoint"], None, ["--disjoint goes without a list"]),
     "two layers": (["--triplet-layers", "1,2"], None, ["three layers"]),
     "too few tokens": (["--min-median-tokens", "100"], None, ["--min-median-tokens"]),
 }

@@ -3,7 +3,6 @@
 A pure function of the combinations' records. Family of the tests: every live (combination, joint condition, target).
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -15,7 +14,7 @@ from scipy.stats import bootstrap, false_discovery_control, permutation_test
 from cellcircuits.combination_results import INDEX_KEYS, KINDS, feature_names, published_ratios
 from cellcircuits.combination_stats import REDUNDANCY, SYNERGY
 from cellcircuits.combinations import CROSS, LETTERS, RANDOM, SAME
-from cellcircuits.edge_fdr import MAX_Q, PCounts, QValues, unpacked
+from cellcircuits.edge_fdr import MAX_Q, PCounts, QValues, none_called, resolution, unpacked
 
 CLASSES = (SAME, CROSS, RANDOM)
 CONTRASTS = ((SAME, RANDOM), (SAME, CROSS), (CROSS, RANDOM))  # the first is the class effect
@@ -51,13 +50,12 @@ def additivity_summary(order: int, records: Sequence[Mapping[str, Any]], config:
         records: of the combinations, in the order to list them.
         config: `n_cells`, `target_layer` and `additivity` of the run's settings.
     """
-    counts, denominators = PCounts(), set()
+    counts = PCounts()
     for record in records:
         for condition in record["additivity"]["conditions"].values():
             numerators, condition_denominators = fractions(condition)
             for denominator in np.unique(condition_denominators).tolist():
                 counts.add(denominator, numerators[condition_denominators == denominator])
-                denominators.add(denominator)
     q_values = counts.q_values()
     entries = [_entry(order, record, q_values) for record in records]
     by_name = sorted(entries, key=lambda entry: entry["id"])  # numbers must not depend on the order of the list
@@ -71,7 +69,7 @@ def additivity_summary(order: int, records: Sequence[Mapping[str, Any]], config:
         "target_layer": config["target_layer"],
         "settings": dict(config["additivity"]),
         "definitions": DEFINITIONS,
-        "family": _family(by_name, seed, 1 / max(denominators) if denominators else None),
+        "family": _family(by_name, seed) | resolution(q_values),
         "classes": classes,
         "class_effect": {
             "between": list(CONTRASTS[0]),
@@ -140,7 +138,7 @@ def _condition(record: Mapping[str, Any], name: str, condition: Mapping[str, Any
     }
 
 
-def _family(entries: Sequence[Mapping[str, Any]], seed: int, smallest_p: float | None) -> dict[str, Any]:
+def _family(entries: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
     """Interactions over all tests, the share's interval by resampling combinations."""
     total = {
         key: sum(entry[key] for entry in entries)
@@ -153,6 +151,8 @@ def _family(entries: Sequence[Mapping[str, Any]], seed: int, smallest_p: float |
     )
     low = high = None
     reason = None if len(tests) >= FEWEST else f"fewer than {FEWEST} combinations with a live target"
+    if reason is None and not total["n_interactions"]:
+        reason = "no interaction is called, so that every resample has a share of 0"
     if reason is None:
         interval = bootstrap(
             (found, tests),
@@ -165,13 +165,7 @@ def _family(entries: Sequence[Mapping[str, Any]], seed: int, smallest_p: float |
         ).confidence_interval
         low, high = float(interval.low), float(interval.high)
     bounds = {"share": share, "share_low": low, "share_high": high, "reason": reason}
-    return {**total, **bounds, **_resolution(total["n_tests"], smallest_p)}
-
-
-def _resolution(n_tests: int, smallest_p: float | None) -> dict[str, float | int | None]:
-    """How many tests must reach the smallest p that there is, for any of them to be called."""
-    needed = None if smallest_p is None else max(1, math.ceil(n_tests * smallest_p / MAX_Q))
-    return {"smallest_p": smallest_p, "n_needed_at_smallest_p": needed}
+    return {**total, **bounds}
 
 
 def _class(kind: str, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -279,9 +273,7 @@ def additivity_lines(content: Mapping[str, Any]) -> Iterable[str]:
         interval = "" if None in bounds else f", {100 * bounds[0]:.2f} to {100 * bounds[1]:.2f}%"
         which = f"{family['n_redundancy']} make the sum smaller, {family['n_synergy']} larger"
         if not family["n_interactions"]:
-            which = (
-                f"{family['n_needed_at_smallest_p']} with the smallest p, {family['smallest_p']:.2g}, would be needed"
-            )
+            which = none_called(family)
         yield (
             f"    interactions at a false discovery rate of 5%: {family['n_interactions']} of {family['n_tests']} "
             f"tests ({100 * family['share']:.2f}%{interval}); {which}"

@@ -16,6 +16,7 @@ from cellcircuits.sign_flips import SignedSums, flips_of, random_signs
 from cellcircuits.stats import EdgeRule, cohens_d
 
 INTERVAL = 0.95
+MAX_T = 1e4  # beyond, SciPy's inversion of the noncentral t may search for ever, or end at 1e6
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,12 @@ def hedges_g(effects: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray
     Returns:
         g, its lower and its upper end, (n_targets,) each; NaN ends where the effects do not vary or are too few.
 
-    The interval inverts the noncentral t distribution of d, so g's correction for bias has no part in it.
+    The interval inverts the noncentral t distribution of d, so g's correction for bias has no part in it. Where cells
+    hardly differ, as copies of one cell do, d is so large that only the error of the spread counts, a chi distribution.
 
     Source: Hedges, J. Educ. Stat. 6, 107 (1981), for one sample; Steiger and Fouladi (1997) for the interval.
     """
-    from scipy.special import nctdtrinc
+    from scipy.special import chdtri, nctdtrinc
 
     n = len(effects)
     d = cohens_d(effects)
@@ -121,7 +123,11 @@ def hedges_g(effects: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray
         return undefined, undefined, undefined
     correction = 1 - 3 / (4 * n - 5)
     varies = np.ptp(effects, axis=0) > 0
-    t = np.where(varies, d, 0.0) * np.sqrt(n)
+    t = d * np.sqrt(n)
+    is_usual = varies & (np.abs(t) <= MAX_T)
     tails = (0.5 + INTERVAL / 2, 0.5 - INTERVAL / 2)
-    ends = (np.where(varies, nctdtrinc(n - 1, tail, t) / np.sqrt(n), np.nan) for tail in tails)
+    ends = [nctdtrinc(n - 1, tail, np.where(is_usual, t, 0.0)) / np.sqrt(n) for tail in tails]
+    chi = [np.sqrt(chdtri(n - 1, tail) / (n - 1)) for tail in tails]
+    limits = np.sort([d * of_tail for of_tail in chi], axis=0)
+    ends = (np.where(varies, np.where(is_usual, x, limit), np.nan) for x, limit in zip(ends, limits, strict=True))
     return correction * d, *ends

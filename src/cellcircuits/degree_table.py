@@ -117,6 +117,11 @@ def read_trace(folder: Path, kind: str = RAW, min_active_cells: int = 0) -> Degr
         "n_active_in_no_cell": int((_floats(traced, "n_cells_active") == 0).sum()),
     }
     rows = np.flatnonzero(is_kept & has_degree)
+    if kind == CALIBRATED and is_kept.any() and not len(rows):
+        raise UserError(
+            f"{folder}: no traced feature has a calibrated degree, since none is active in enough cells; trace more "
+            "cells or with a lower --min-active-cells, or take --degree raw."
+        )
     if not len(rows):
         raise UserError(f"{folder}: has no traced feature with a degree; trace first, or lower --min-active-cells.")
     facts = {name: _positive(traced, name)[rows] for name in PREDICTOR_COLUMNS if name in traced.column_names}

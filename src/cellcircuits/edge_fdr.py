@@ -4,6 +4,7 @@ Family: every live (feature, target layer, target) triple of the folder.
 """
 
 import base64
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ N_HUBS = 20
 SWEEP_D = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0)
 SWEEP_CONSISTENCY = (0.6, 0.7, 0.8, 0.9, 0.9999)  # the last stands for all cells
 INTERVAL = (2.5, 97.5)
+FEW_DRAWS = 20  # that reach a sum as large: such a p is off by a quarter from one seed to the next
 
 
 @dataclass(frozen=True)
@@ -82,23 +84,43 @@ class PCounts:
         n_tests, rank = int(counts.sum()), np.cumsum(counts)
         step_up = np.minimum.accumulate((p * n_tests / rank)[::-1])[::-1]
         strictness = digamma(n_tests + 1) + np.euler_gamma  # 1 + 1/2 + ... + 1/n_tests
-        return QValues(p, counts, np.minimum(step_up, 1), np.minimum(step_up * strictness, 1))
+        smallest = 1 / max(self._counts) if self._counts else None
+        return QValues(p, counts, np.minimum(step_up, 1), np.minimum(step_up * strictness, 1), smallest)
 
 
 @dataclass(frozen=True)
 class QValues:
-    """q of every p that occurs in the family, ascending: by Benjamini-Hochberg and by Benjamini-Yekutieli."""
+    """q of every p that occurs in the family, ascending: by Benjamini-Hochberg and by Benjamini-Yekutieli.
+
+    `smallest_p` that any test could have had, whether one has it or not; None without tests.
+    """
 
     p: NDArray[np.float64]
     counts: NDArray[np.int64]
     bh: NDArray[np.float64]
     by: NDArray[np.float64]
+    smallest_p: float | None
 
     def of(self, p: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The two q values of tests of the family."""
         # equal fractions with other denominators may differ in the last bit: the nearest one is meant
         at = np.clip(np.searchsorted(self.p, p * (1 - 1e-12)), 0, max(0, len(self.p) - 1))
         return (self.bh[at], self.by[at]) if len(self.p) else (np.zeros(0), np.zeros(0))
+
+
+def resolution(q_values: QValues) -> dict[str, float | int | None]:
+    """How many tests must reach the smallest p that there is, for any of them to be called."""
+    smallest, n_tests = q_values.smallest_p, int(q_values.counts.sum())
+    needed = None if smallest is None else max(1, math.ceil(n_tests * smallest / MAX_Q))
+    return {"smallest_p": smallest, "n_needed_at_smallest_p": needed}
+
+
+def none_called(tested: Mapping[str, Any]) -> str:
+    """Why no test of a family is called, from its `n_tests` and `resolution`."""
+    needed, smallest = tested["n_needed_at_smallest_p"], tested["smallest_p"]
+    if needed > tested["n_tests"]:
+        return f"none could be called, since no p of so few cells is below {smallest:.2g}"
+    return f"{needed} with the smallest p, {smallest:.2g}, would be needed"
 
 
 @dataclass(frozen=True)
@@ -208,14 +230,20 @@ def graph_calibration(
     """
     top, kept = (
         {facts["feature_idx"] for facts in sorted(features, key=lambda x: (-(x[key] or 0), x["feature_idx"]))[:N_HUBS]}
+        & {facts["feature_idx"] for facts in features if facts[key]}  # without any edge it is no hub
         for key in ("n_edges", "degree_calibrated")
     )
+    called = q_values.p[q_values.bh < MAX_Q]
+    tests = [facts["calibration"] for facts in features]
     return {
         "settings": settings.record(),
         "definitions": DEFINITIONS,
         "n_tests": int(q_values.counts.sum()),
+        "n_tests_drawn": sum(x["n_live_targets"] for x in tests if x["p"]["denominator"] == settings.n_draws + 1),
         "n_tests_bh": int(q_values.counts[q_values.bh < MAX_Q].sum()),
         "n_tests_by": int(q_values.counts[q_values.by < MAX_Q].sum()),
+        "largest_p_bh": float(called[-1]) if len(called) else None,
+        **resolution(q_values),
         "n_edges": sum(facts["n_edges"] for facts in features),
         "n_edges_bh": sum(facts["n_edges_bh"] for facts in features),
         "n_edges_calibrated": sum(facts["degree_calibrated"] or 0 for facts in features),
@@ -250,9 +278,23 @@ def calibration_lines(content: Mapping[str, Any]) -> Iterable[str]:
         f"    {content['n_edges_bh']} edges pass a test at a false discovery rate of 5% over {content['n_tests']} "
         f"tests, {content['n_edges_calibrated']} ({share:.0f}%) also by the size and sign of their effect"
     )
-    yield f"    {content['n_hubs_kept']} of the {content['n_hubs']} features with most edges stay among them then"
+    yield from _resolution_lines(content)
+    if content["n_hubs"] < content["n_features"]:  # else any that keeps an edge stays
+        yield f"    {content['n_hubs_kept']} of the {content['n_hubs']} features with most edges stay among them then"
     if content["n_features_under_min_cells"]:
         yield (
             f"    {content['n_features_under_min_cells']} features are active in fewer than "
             f"{content['settings']['min_cells']} cells: too few to say how many edges they have"
+        )
+
+
+def _resolution_lines(content: Mapping[str, Any]) -> Iterable[str]:
+    """Where the p are too coarse for the number of tests that pass to mean much."""
+    largest, step = content["largest_p_bh"], 1 / (content["settings"]["n_draws"] + 1)
+    if largest is None:
+        yield f"    none passes: {none_called(content)}"
+    elif content["n_tests_drawn"] and largest < FEW_DRAWS * step:
+        yield (
+            f"    only p up to {largest:.2g} pass, and p of drawn signs come in steps of {step:.2g}: with another seed "
+            "other tests pass, and another number; take more --sign-flips"
         )

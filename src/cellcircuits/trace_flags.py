@@ -14,6 +14,7 @@ from cellcircuits.stats import EdgeRule
 SAME_POSITION_CHECKED = 16
 MAX_LIST_BYTES = 1 << 24
 MAX_DIGITS = 9
+MOST_SIGN_FLIPS = 1_000_000  # of 50 cells they take 0.3 GB
 SHARED_WITH_PREPARATION = (
     "model model_subfolder model_revision dicts sae_run cells control_column control_values cell_line "
     "counts gene_column tokenization max_tokens min_mapped min_median_tokens downsample_to"
@@ -86,13 +87,25 @@ def add_sign_flip_flags(group: argparse._ActionsContainer, n_draws: int, what: s
     """Add `--sign-flips`, of this many sign vectors that test `what`, and `--calibration-seed`."""
     group.add_argument(
         "--sign-flips",
-        type=cli.natural,
+        type=_n_sign_flips,
         default=n_draws,
         metavar="N",
         help=f"random sign vectors that test the {what}; with up to 12 active cells all vectors are taken "
         "(default: %(default)s)",
     )
     group.add_argument("--calibration-seed", type=sample_size, default=0, help="seed of these (default: %(default)s)")
+
+
+def _n_sign_flips(text: str) -> int:
+    """Parse an integer from 1 to 1,000,000.
+
+    Raises:
+        argparse.ArgumentTypeError: something else.
+    """
+    number = cli.natural(text)
+    if number > MOST_SIGN_FLIPS:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {MOST_SIGN_FLIPS:,}, the most there may be")
+    return number
 
 
 def calibration_settings(args: argparse.Namespace) -> CalibrationSettings:
