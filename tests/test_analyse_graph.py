@@ -205,7 +205,7 @@ def trace(tmp_path: Path) -> Path:
 
 def test_live_targets_and_dose_of_a_trace_drive_the_degrees(tmp_path: Path) -> None:
     """From the model to the statistics: every predictor has a value for every feature that is active."""
-    study, out_dir = write_study(tmp_path / "study", n_features=120), tmp_path / "out"
+    study, out_dir = write_study(tmp_path / "study", n_features=240), tmp_path / "out"
     (path,) = (study.data_root / "sae_models").glob("layer01*/feature_catalog.json")
     content, rng = json.loads(path.read_text()), np.random.default_rng(0)
     for feature in content["features"]:

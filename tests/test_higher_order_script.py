@@ -1,6 +1,7 @@
 """higher_order_ablation.py end to end on small inputs: numbers, files, resume, and a user's mistakes."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import higher_order_ablation as script
 import make_figures
 import reference_combinations as slow
 from cellcircuits import combination_run, joint
+from cellcircuits.additivity_summary import fractions
 from cellcircuits.cells import CellSelection, load_cells
+from cellcircuits.edge_fdr import unpacked
 from cellcircuits.geneformer import load_model
 from cellcircuits.sae_store import find_sae, open_sae
 from cellcircuits.vocabulary import load_vocabulary
@@ -151,6 +154,31 @@ def test_saved_effects_are_both_averages(finished: tuple[int, Path], measured: d
                 assert kept[f"cells_{condition}"].tolist() == effects.cells[condition]
                 np.testing.assert_allclose(kept[condition], rows, atol=2e-5)
                 np.testing.assert_allclose(kept[f"union_{condition}"], effects.union[condition], atol=2e-5)
+
+
+def test_interactions_follow_from_the_saved_effects(finished: tuple[int, Path]):
+    """Live targets, interactions beyond rounding and every p again, from the files alone."""
+    order, out_dir = finished
+    n_changed = 0
+    for features in TRIPLETS if order == 3 else PAIRS:
+        name = "_x_".join(f"L{layer}_F{index}" for layer, index in features)
+        (path,) = out_dir.glob(f"*_{name}.json")
+        tested = json.loads(path.read_text())["additivity"]
+        with np.load(out_dir / "effects" / f"{name}.npz") as kept:
+            rounding = kept["rounding"].astype(np.float64)
+            union = {key[6:]: kept[key].astype(np.float64) for key in kept.files if key.startswith("union_")}
+        live = np.flatnonzero(np.any([(abs(x) > 2 * rounding).any(axis=0) for x in union.values()], axis=0))
+        assert unpacked(tested["live_targets"])[0].tolist() == live.tolist()
+        for of, condition in tested["conditions"].items():
+            parts = {key: x for key, x in union.items() if set(key) <= set(of)}
+            between = sum((-1) ** (len(of) - len(key)) * x for key, x in parts.items())[:, live]
+            between[abs(between) <= 2 ** len(of) * rounding[:, live]] = 0
+            assert condition["n_changed"] == np.count_nonzero(between.any(axis=0))
+            n_changed += condition["n_changed"]
+            signs = np.array(list(product((1, -1), repeat=len(between))))
+            as_large = abs(signs @ between) >= abs(between.sum(axis=0)) - 1e-5 * abs(between).sum(axis=0)
+            np.testing.assert_allclose(np.divide(*fractions(condition)), as_large.mean(axis=0), rtol=1e-12)
+    assert order == 2 or n_changed > 10  # these pairs add exactly
 
 
 def test_the_summary_lists_what_was_asked_for_in_its_order(finished: tuple[int, Path]):

@@ -240,6 +240,7 @@ def disk(run: CombinationRun, left: Sequence[Combination]) -> Disk:
     n_conditions = len(conditions(len(left[0].features)))
     of_cells = len(run.cells) * n_conditions * run.bench.n_targets
     # while one is at work its effects lie there in float64, three of each
-    partial, kept = 3 * 8 * of_cells, 2 * 4 * of_cells * len(left) if run.save_effects else 0
+    partial, of_rounding = 3 * 8 * of_cells, of_cells // n_conditions
+    kept = 4 * (2 * of_cells + of_rounding) * len(left) if run.save_effects else 0
     records = len(left) * n_conditions * RECORD_BYTES
     return Disk(records / 4, records + kept, 2 * records + partial + kept)

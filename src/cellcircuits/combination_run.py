@@ -224,11 +224,13 @@ class CombinationRun:
 
         `cells_A` (n_active,) numbers of the cells among those of the run; `A` (n_active, n_targets) float32 averaged
         over the condition's own positions; `union_A` (n_any, n_targets) over those of the whole combination, cells
-        `cells_any`, the same for every condition.
+        `cells_any`, the same for every condition; `rounding` (n_any, n_targets) the bound on what rounding moves a
+        latent averaged so, which decides what counts as live and as an interaction.
         """
         arrays: dict[str, NDArray] = {"cell_names": np.array([cell.name for cell in self.cells])}
         present = so_far.measured[:, -1]
         arrays["cells_any"] = np.flatnonzero(present)
+        arrays["rounding"] = so_far.rounding[present].astype(np.float32)
         for c, members in enumerate(conditions(len(combination.features))):
             name, measured = condition_name(members), so_far.measured[:, c]
             arrays[f"cells_{name}"] = np.flatnonzero(measured)
