@@ -225,12 +225,13 @@ def test_a_panel_of_ones_own_is_not_called_chosen_here(template: Study, tmp_path
     assert not (out_dir / "switch_features.json").exists()
 
 
-def test_donors_are_parted_as_a_whole(template: Study, tmp_path: Path):
+def test_donors_are_parted_as_a_whole(template: Study, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     out_dir = tmp_path / "run"
     assert (
         steer(template, out_dir, "--donor-column", "donor", "--n-steered", "3", "--doses", "0.5", "--alphas", "none")
         == 0
     )
+    assert "only 3 cells are steered, and a feature counts in a contrast from 5 on" in caplog.text
     donor = anndata.read_h5ad(template.cells).obs["donor"]
     record = json.loads(next(out_dir.glob("controlled_*.json")).read_text())
     tests = summary_of(out_dir)
@@ -254,7 +255,8 @@ def test_mistakes(template: Study, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "of one donor" in said("--donor-column", "tissue_in_publication")
     assert "named as early and as late" in said("--probe-labels", "monocyte", "Monocyte")
     (root / "markers.json").write_text('{"early": ["GENE1"], "late": ["NOBODY"]}')
-    assert "none of the late markers" in said("--markers", str(root / "markers.json"))
+    sentence = said("--markers", str(root / "markers.json"))
+    assert "none of the late markers" in sentence and sentence.endswith("(--markers).")
     all_cells = ("--n-cells", str(N_CELLS), "--traj-dir", str(template.root / "all"))
     assert "none is left for the probe" in said(*all_cells)
     for check in ((), ("--check",)):  # before anything is run

@@ -4,7 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("exhaustive", "selective", "triplets", "trajectory", "steering", "prepare")
+SCRIPTS = (
+    "exhaustive", "selective", "triplets", "trajectory", "steering", "specificity", "controlled", "prepare",
+)  # fmt: skip
 
 
 def test_killed_runs_go_on_to_the_same_files():

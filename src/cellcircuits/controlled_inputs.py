@@ -16,6 +16,7 @@ from cellcircuits.cell_halves import drawn_cells, first_half
 from cellcircuits.cells import Cell
 from cellcircuits.errors import UserError
 from cellcircuits.maturity_probe import require_both_kinds
+from cellcircuits.steering_tests import MIN_CELLS
 from cellcircuits.trajectory import EARLY_PERCENTILE, Trajectory, open_trajectory
 from cellcircuits.trajectory_flags import trajectory_selection
 
@@ -106,6 +107,9 @@ def open_halves(args: argparse.Namespace, opened: "ModelAndCells", trajectory: T
             "take more cells (--n-cells) or other ones (--cell-types, --tissues)."
         )
     chosen = drawn_cells(_distinct_names([cells[i] for i in early]), args.n_steered, args.seed)
+    if len(chosen) < MIN_CELLS:
+        few = "Note: only %d cells are steered, and a feature counts in a contrast from %d on (--n-steered, --n-cells)."
+        log.warning(few, len(chosen), MIN_CELLS)
     by = "halves within each cell type" if donors is None else f"whole donors of {args.donor_column}"
     return Halves(first, order, early[chosen], len(second), len(early), f"{by}, seed {args.seed}")
 

@@ -150,7 +150,10 @@ def marker_tokens(panel: MarkerPanel, token_of: Any, where: str) -> MarkerTokens
         unknown += [name for name, token in tokens.items() if token is None]
         known = tuple(dict.fromkeys(token for token in tokens.values() if token is not None))
         if not known:
-            raise UserError(f"{where}: the model knows none of the {side} markers ({', '.join(names[:5])}, ...).")
+            raise UserError(
+                f"{where}: the model knows none of the {side} markers ({', '.join(names[:5])}, ...); name genes of its "
+                "dictionary (--markers)."
+            )
         found.append(known)
     return MarkerTokens(found[0], found[1], tuple(unknown))
 
