@@ -190,8 +190,11 @@ class _Columns:
         return cls(on_device, of_signs, on_device.abs())
 
     def observed(self) -> Tensor:
-        """|sum| of the effects as they are, less what rounding may take from an equal one, (n_targets,)."""
-        return self.values.sum(dim=0).abs() - TIE * self.sizes.sum(dim=0)
+        """|sum| of the effects as they are, less what rounding may take from an equal one, (1, n_targets).
+
+        A product like those of the flipped ones, so that both round alike where a machine is set to compute in TF32.
+        """
+        return (torch.ones_like(self.values[:, :1]).T @ self.values).abs_() - TIE * self.sizes.sum(dim=0)
 
     @property
     def width(self) -> int:
