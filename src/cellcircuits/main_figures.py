@@ -8,7 +8,7 @@ from types import ModuleType
 from matplotlib.figure import Figure
 
 from cellcircuits.collected import text_file
-from cellcircuits.figures import genes, hubs, overview, redundancy, steering, summary
+from cellcircuits.figures import controls, genes, hubs, overview, redundancy, steering, summary
 from cellcircuits.figures.style import Point, as_csv, styled
 from cellcircuits.jsonio import write_atomically
 from cellcircuits.kept_results import Results
@@ -22,6 +22,7 @@ FIGURES: dict[str, ModuleType] = {
     "figure4_steering": steering,
     "figure5_genes": genes,
     "figure6_summary": summary,
+    "figure7_controls": controls,
 }
 
 
