@@ -2,8 +2,8 @@
 
     python src/check_claims.py --results results
 
-Writes claims.json and claims.md into the folder of results, and ends with six lines that say what follows. With --readme the table goes between
-the marks of that file as well.
+Writes claims.json and claims.md into the folder of results, and ends with six lines that say what follows. With
+--readme the table goes between the marks of that file as well.
 """
 
 import argparse
