@@ -71,6 +71,19 @@ class TestEveryFigure:
         assert all(axes.get_title(loc="left") for axes in figure.axes)
         assert all(axes.has_data() for axes in figure.axes)
 
+    def test_no_text_is_cut_or_tiny(self, name: str, results: Results):
+        figure = drawn(name, results)
+        with styled():
+            figure.draw_without_rendering()
+        page = figure.bbox.padded(1)
+        shown = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+        ticks = {tick for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for tick in axis.get_ticklabels()}
+        for text in shown:
+            assert text.get_fontsize() >= 6
+            if text not in ticks:  # ticks beyond the limits have labels that are not drawn
+                ends = text.get_window_extent().corners()
+                assert all(page.contains(*end) for end in ends), text
+
     def test_it_does_not_change_the_numbers(self, name: str, results: Results):
         points = FIGURES[name].points(results)
         figure_of(name, points, NAME)
@@ -148,6 +161,12 @@ class TestPoints:
         figure = drawn("figure7_controls", results)
         said = [text.get_text() for axes in figure.axes for text in axes.texts]
         assert "no edge at any threshold" in said and "no feature has an edge" in said
+
+    def test_the_claims_are_apart(self, results: Results):
+        figure = drawn("figure6_summary", results)
+        figure.draw_without_rendering()
+        boxes = [text.get_window_extent() for text in figure.axes[2].texts if len(text.get_text()) > 1]
+        assert len(boxes) > 15 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
     def test_an_analysis_that_was_not_run_is_said(self, tmp_path: Path):
         results = write_results(tmp_path)

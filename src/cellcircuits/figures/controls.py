@@ -195,7 +195,11 @@ def _draw_thresholds(axes: Axes, drawn: Sequence[Point]) -> None:
 
 
 def _draw_strata(axes: Axes, drawn: Sequence[Point]) -> None:
-    axes.set(xlabel="edges of a feature, in fifths", ylabel="share expected by chance", title="b  Chance by degree")
+    axes.set(
+        xlabel="edges of a feature (groups of as many features)",
+        ylabel="share expected by chance",
+        title="b  Chance by degree",
+    )
     of = [p for p in chosen(drawn, STRATA, BY_DEGREE) if p.y is not None]
     if not of:
         say(axes, "no feature has an edge")
