@@ -39,7 +39,7 @@ READOUTS = {
 CONTRASTS = {
     "ON": "features that rise",
     "OFF": "features that fall",
-    "ON_minus_OFF": "rise \N{MINUS SIGN} fall",
+    "ON_minus_OFF": "rising minus falling",
 }
 CONTROL, LAYER = "frequency_matched", "all"
 # how a series is drawn: colour, mark, and how far from its row
@@ -196,7 +196,7 @@ def _draw_thresholds(axes: Axes, drawn: Sequence[Point]) -> None:
 
 def _draw_strata(axes: Axes, drawn: Sequence[Point]) -> None:
     axes.set(
-        xlabel="edges of a feature (groups of as many features)",
+        xlabel="edges of a feature (equal groups)",
         ylabel="share expected by chance",
         title="b  Chance by degree",
     )
