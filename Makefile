@@ -1,4 +1,5 @@
-# make demo   sets up the environment and runs the three experiments on the demo inputs, into results/demo/
+# make demo   sets up the environment, runs the three experiments on the demo inputs, into results/demo/, and says in
+#             six lines what follows
 # make all    from a folder of inputs to results, figures, claims and the paper; see README.md, "Your own inputs"
 # make test   sets up the environment and runs the tests
 
@@ -28,7 +29,7 @@ DRAWN = exhaustive_tracing $(if $(SPECIFICITY_FLAGS),specificity) higher_order_a
 .PHONY: help demo all experiments pictures results claims figures numbers paper pdf check test test-lowest lint demo-inputs clean
 
 help:
-	@echo "make demo         run the experiments on the demo inputs, results and pictures in results/demo/"
+	@echo "make demo         run the experiments on the demo inputs, into results/demo/, and say what follows"
 	@echo "make all INPUTS=FOLDER OUT=FOLDER"
 	@echo "                  run the experiments on these inputs, then make results, figures, claims and the paper"
 	@echo "make claims       judge the study's claims again from the results in $(OUT)/"
@@ -51,9 +52,11 @@ $(VENV)/ready-for-tests: $(VENV)/ready tests/requirements.txt tests/lowest.txt
 	$(PIP) -r tests/requirements.txt $(CONSTRAINTS)
 	@touch $@
 
+demo: override INPUTS = demo
 demo:
 	$(MAKE) experiments pictures INPUTS=demo
 	@echo "Look at one feature: $(RUN)/look_up_feature.py 114 --out-dir $(RUNS)/exhaustive_tracing"
+	@$(MAKE) --no-print-directory results INPUTS=demo RUNS=$(RUNS) OUT=$(RUNS)/kept
 
 all:
 	$(MAKE) experiments

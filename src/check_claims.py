@@ -2,8 +2,8 @@
 
     python src/check_claims.py --results results
 
-Writes claims.json and claims.md into the folder of results, and prints six lines. With --readme the table goes between
-the marks of that file as well.
+Writes claims.json and claims.md into the folder of results, and ends with six lines that say what follows. With
+--readme the table goes between the marks of that file as well.
 """
 
 import argparse
@@ -41,16 +41,16 @@ def run(args: argparse.Namespace) -> int:
     """Judge, write and print; returns the exit status."""
     content = judge(Results(args.results, args.published))
     rendered = None if args.readme is None else with_table(args.readme, table(content))
-    print("\n".join(content["lines"]))
+    lines = "\n".join(content["lines"])
     if args.check:
-        print(f"{content['n_claims']} claims to write into {args.results}.\nStart: {args.command}")
+        print(f"{lines}\n{content['n_claims']} claims to write into {args.results}.\nStart: {args.command}")
         return 0
     with exclusive(args.results, "--results"):
         write_json(args.results / "claims.json", content)
         text_file(args.results / "claims.md", markdown(content))
     if rendered is not None:
         text_file(args.readme, rendered)
-    print(f"Written: {args.results / 'claims.json'} and claims.md")
+    print(f"Written: {args.results / 'claims.json'} and claims.md\n{lines}")
     return 0
 
 

@@ -46,23 +46,33 @@ def write_results(root: Path) -> Results:
     _write_graph(root)
     _write_combinations(root, rng)
     _write_steering(root, rng)
+    _write_controls(root)
+    return Results(root, PUBLISHED)
+
+
+def _write_controls(root: Path) -> None:
     controls = ("random", "random_covariance", "other_feature", "shuffled_positions")
     ratios = {
-        name: {**with_interval("edge_ratio", 3.0 + i, 0.5), "jaccard_mean": 0.2, "jaccard_expected": 0.1}
+        name: {**with_interval("edge_ratio", 3.0 + i, 0.5), **with_interval("effect_norm_ratio", 2.0 + i, 0.3),
+               "jaccard_mean": 0.2, "jaccard_low": 0.15, "jaccard_high": 0.25, "jaccard_expected": 0.1}
         for i, name in enumerate(controls)
-    }
+    }  # fmt: skip
     write(root, "specificity/specificity.json", {"controls": ratios})
-    primary = {
-        "name": "rising minus falling",
-        "estimate": 0.5,
-        "low": 0.2,
-        "high": 0.8,
-        "p": 0.01,
-        "n_on": 12,
-        "n_off": 9,
-    }
-    write(root, "controlled_steering/steering_tests.json", {"primary": primary})
-    return Results(root, PUBLISHED)
+    contrasts = [
+        {"layer": layer, "dose": {"norm": norm, "alpha": None}, "readout": readout, "control": control,
+         "contrast": contrast, "estimate": size * value * norm, "low": size * (value * norm - 0.3),
+         "high": size * (value * norm + 0.3), "p": 0.01, "n_on": 12, "n_off": 9,
+         **with_interval("excess_estimate", size * value * norm / 2, 0.2 * size)}
+        for layer in ("0", "all") for norm in (0.1, 1.0) for control in ("random_feature", "frequency_matched")
+        for readout, size in (("signature", 1e-4), ("markers", 0.1), ("probe", 1.0))
+        for contrast, value in (("ON_minus_OFF", 0.5), ("ON", 0.3), ("OFF", -0.2))
+    ]  # fmt: skip
+    for row in contrasts:
+        row["excess_low"], row["excess_high"] = (row.pop(f"excess_estimate_{end}") for end in ("low", "high"))
+    primary = contrasts.pop(-3)  # of probe, frequency_matched and the larger norm over all layers
+    write(root, "controlled_steering/steering_tests.json", {
+        "primary": {**primary, "name": "rising minus falling"}, "contrasts": contrasts,
+    })  # fmt: skip
 
 
 def _write_trace(root: Path, degrees: np.ndarray) -> None:
@@ -89,6 +99,14 @@ def _write_trace(root: Path, degrees: np.ndarray) -> None:
         "n_hubs_kept": 19, "published_rule": {
             "observed_edges": total, "expected_null_edges": 0.04 * total, **with_interval("fdr", 0.04, 0.01)
         },
+        "published_rule_by_degree": [
+            {"min_degree": 10 * i, "max_degree": 10 * i + 9, **with_interval("fdr", 0.06 - 0.01 * i, 0.01)}
+            for i in range(4)
+        ],
+        "sweep": [
+            {"min_abs_d": d, "min_consistency": level, "edges": n, "expected_null_edges": share * n, "fdr": share}
+            for level in (0.6, 0.7) for d, n, share in ((0.3, 6000, 0.3), (0.5, total, 0.04), (1.0, 200, 0.0))
+        ],
     })  # fmt: skip
     settings = {"downstream_layers": list(LAYERS), "n_cells": 20, "min_abs_d": 0.5, "min_consistency": 0.7,
                 "calibration": {"n_draws": 10000, "min_cells": 8}}  # fmt: skip

@@ -6,6 +6,7 @@ draws the images to compare with anew; look at them before they are committed.
 """
 
 import csv
+import json
 import tempfile
 from pathlib import Path
 
@@ -70,6 +71,15 @@ class TestEveryFigure:
         assert all(axes.get_title(loc="left") for axes in figure.axes)
         assert all(axes.has_data() for axes in figure.axes)
 
+    def test_no_text_is_cut_or_tiny(self, name: str, results: Results):
+        figure = drawn(name, results)
+        with styled():
+            figure.draw_without_rendering()
+        page = figure.bbox.padded(1)
+        for axes in figure.axes:  # with all that is drawn beside them
+            assert all(page.contains(*corner) for corner in axes.get_tightbbox().corners())
+        assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= 6
+
     def test_it_does_not_change_the_numbers(self, name: str, results: Results):
         points = FIGURES[name].points(results)
         figure_of(name, points, NAME)
@@ -99,6 +109,61 @@ class TestPoints:
         theory = [p.y for p in ratios if p.series == "independent and equal effects"]
         assert theory == pytest.approx([2**-0.5, 3**-0.5])
 
+    def test_controls_have_both_sides_of_every_comparison(self, results: Results):
+        points = FIGURES["figure7_controls"].points(results)
+        thresholds = {(p.series, p.x): p.y for p in points if p.panel == "a threshold" and p.y is not None}
+        assert {d for _, d in thresholds} == {0.3, 0.5, 1.0} and len(thresholds) == 9  # of one consistency
+        for d, share in ((0.3, 0.3), (0.5, 0.04), (1.0, 0.0)):
+            assert thresholds["share expected by chance", d] == share
+            assert thresholds["expected by chance", d] == pytest.approx(share * thresholds["observed", d])
+        assert [p.y for p in points if p.series == "by edges of a feature"] == pytest.approx([0.06, 0.05, 0.04, 0.03])
+        assert sum(p.series == "number of edges" for p in points) == 4
+        assert {p.x for p in points if p.series == "random targets, as many"} == {0.1}
+        steered = [p for p in points if p.panel.startswith("e ")]
+        found = {(p.panel[12:], p.name, p.series): (p.x, p.low, p.high) for p in steered}
+        assert len(found) == len(steered) == 3 * 3 * 2
+        # of the larger of two doses, one of two controls, all layers and not one
+        assert found["probe", "rising minus falling", "the declared contrast"] == pytest.approx((0.5, 0.2, 0.8))
+        assert found["markers", "features that rise", "measured"] == pytest.approx((0.03, 0.0, 0.06))
+        beyond = found["signature", "features that fall", "beyond the direct path"]
+        assert beyond == pytest.approx((-1e-5, -3e-5, 1e-5))
+
+    @pytest.mark.parametrize(
+        "file, n_panels", [("specificity/specificity.json", 2), ("controlled_steering/steering_tests.json", 3)]
+    )
+    def test_controls_that_were_not_run_are_said(self, tmp_path: Path, file: str, n_panels: int):
+        results = write_results(tmp_path)
+        (tmp_path / file).unlink()
+        figure = drawn("figure7_controls", results)
+        said = [text.get_text() for axes in figure.axes for text in axes.texts]
+        assert said.count("not measured") == n_panels
+
+    def test_a_contrast_of_too_few_features_leaves_a_remark(self, tmp_path: Path):
+        results = write_results(tmp_path)
+        file = tmp_path / "controlled_steering/steering_tests.json"
+        content = json.loads(file.read_text())
+        for row in content["contrasts"]:
+            if row["contrast"] == "OFF":
+                row.update(dict.fromkeys(("estimate", "low", "high", "excess_estimate", "excess_low", "excess_high")))
+        file.write_text(json.dumps(content))
+        figure = drawn("figure7_controls", results)
+        assert [text.get_text() for axes in figure.axes for text in axes.texts].count("too few") == 3
+
+    def test_a_trace_without_an_edge_can_be_drawn(self, tmp_path: Path):
+        results = write_results(tmp_path)
+        change(tmp_path, "exhaustive_tracing/calibration.json", "published_rule_by_degree", to=[])
+        change(tmp_path, "exhaustive_tracing/calibration.json", "published_rule", "fdr", to=None)
+        change(tmp_path, "exhaustive_tracing/calibration.json", "sweep", to=[])
+        figure = drawn("figure7_controls", results)
+        said = [text.get_text() for axes in figure.axes for text in axes.texts]
+        assert "no edge at any threshold" in said and "no feature has an edge" in said
+
+    def test_the_claims_are_apart(self, results: Results):
+        figure = drawn("figure6_summary", results)
+        figure.draw_without_rendering()
+        boxes = [text.get_window_extent() for text in figure.axes[2].texts if len(text.get_text()) > 1]
+        assert len(boxes) > 15 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
     def test_an_analysis_that_was_not_run_is_said(self, tmp_path: Path):
         results = write_results(tmp_path)
         for folder in ("pairwise_ablation", "higher_order_ablation"):
@@ -125,7 +190,7 @@ class TestPoints:
 
 class TestScript:
     def test_files_are_the_same_bytes_every_time(self, results: Results, tmp_path: Path, monkeypatch):
-        names = ["figure3_redundancy", "figure5_genes"]  # all six would take long
+        names = ["figure3_redundancy", "figure5_genes"]  # all would take long
         monkeypatch.setattr(main_figures, "FIGURES", {name: FIGURES[name] for name in names})
         for folder in ("one", "two"):
             draw_all(results, tmp_path / folder)
@@ -147,7 +212,7 @@ class TestScript:
     def test_a_check_counts_and_writes_nothing(self, results: Results, tmp_path: Path, capsys):
         out = tmp_path / "out"
         assert make_figures.main(["--results", str(results.folder), "--out-dir", str(out), "--check"]) == 0
-        assert "6 figures of" in capsys.readouterr().out and not out.exists()
+        assert "7 figures of" in capsys.readouterr().out and not out.exists()
 
     @pytest.mark.parametrize(
         "file",

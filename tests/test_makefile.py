@@ -55,6 +55,17 @@ def test_the_demo_works_in_a_folder_that_git_ignores():
     assert "results/*" in ignored and not any(re.fullmatch(r"!results/demo/?", line) for line in ignored)
 
 
+def test_the_demo_ends_with_the_claims_and_touches_nothing_else():
+    found = commands("demo")
+    names = [Path(script).stem for _, script, *_ in found]
+    assert names[-2:] == ["collect_results", "check_claims"]
+    assert "--readme" not in found[-1] and found[-1][-2:] == ["--results", "results/demo/kept"]
+    assert {"--runs", "results/demo", "--name", "demo model"} <= set(found[-2])
+    written = [words[words.index("--out-dir") + 1] for words in found if "--out-dir" in words]
+    assert len(written) > 8 and all(path.startswith("results/demo/") for path in written)
+    assert [words[3:] for words in commands("demo", "INPUTS=mine")][-1] == found[-1][3:]
+
+
 def test_inputs_without_settings_are_refused(tmp_path: Path):
     done = make("experiments", f"INPUTS={tmp_path}", f"OUT={tmp_path}")
     assert done.returncode == 2 and f"{tmp_path}/settings.mk: no such file" in done.stderr

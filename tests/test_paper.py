@@ -12,7 +12,7 @@ import pytest
 import check_claims
 import check_paper
 import make_paper_numbers
-from cellcircuits.collected import kept_files
+from cellcircuits.collected import content_hash, kept_files
 from cellcircuits.errors import UserError
 from cellcircuits.kept_results import PUBLISHED, Results
 from cellcircuits.main_figures import FIGURES, tables, text_hash
@@ -124,6 +124,8 @@ class TestCheck:
         [
             ("exhaustive_tracing/exhaustive_summary.json", ("total_edges",)),
             ("exhaustive_tracing/calibration.json", ("n_edges_calibrated",)),
+            ("exhaustive_tracing/calibration.json", ("sweep", 1, "edges")),
+            ("exhaustive_tracing/calibration.json", ("published_rule_by_degree", 2, "fdr")),
             ("exhaustive_tracing/edges_by_layer.json", ("sources", 0, "layers", 0, "edges_mean")),
             ("exhaustive_tracing/graph_statistics.json", ("tail", "result", "power_law", "alpha")),
             ("pairwise_ablation/summary.json", ("per_pair_results", 0, "ratio_median")),
@@ -134,6 +136,7 @@ class TestCheck:
             ("trajectory/trajectory_summary.json", ("confounds", "depth", "rho")),
             ("specificity/specificity.json", ("controls", "random", "edge_ratio")),
             ("controlled_steering/steering_tests.json", ("primary", "estimate")),
+            ("controlled_steering/steering_tests.json", ("contrasts", 0, "n_on")),  # drawn nowhere
         ],
     )
     def test_one_changed_number_is_noticed(self, made: tuple[Results, Path], tmp_path: Path, file: str, keys, capsys):
@@ -155,6 +158,18 @@ class TestCheck:
         # white space between values, or a byte between a Parquet file's magic number and its first page
         path.write_bytes(raw.replace(b"{", b"{ ", 1) if path.suffix == ".json" else raw[:4] + b"\0" + raw[5:])
         assert check(tmp_path / "results", made[1]) in (1, 2)
+
+    def test_every_file_that_is_kept_is_in_the_hash(self, made: tuple[Results, Path], tmp_path: Path):
+        shutil.copytree(made[0].folder, tmp_path / "results")
+        np.savez(tmp_path / "results/trajectory_steering/state_signatures.npz", early=np.zeros(3))
+        before = content_hash(tmp_path / "results")
+        for name in set(kept_files(tmp_path / "results")):
+            path = tmp_path / "results" / name
+            raw = path.read_bytes()
+            path.write_bytes(raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:])
+            assert content_hash(tmp_path / "results") != before, name
+            path.write_bytes(raw)
+        assert content_hash(tmp_path / "results") == before
 
     def test_a_changed_file_is_named_and_rounding_is_not(self, made: tuple[Results, Path], tmp_path: Path, capsys):
         shutil.copytree(made[1], tmp_path / "paper")

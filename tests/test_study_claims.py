@@ -171,13 +171,35 @@ class TestDocument:
                 call()
 
 
+class TestSixLines:
+    def test_a_line_names_each_claim_of_its_verdict_in_a_few_words(self, results: Results):
+        content = judge(results)
+        lines = content["lines"]
+        assert len(lines) == 6
+        for line, verdict in zip(lines[2:5], (HOLDS, FAILS, OPEN), strict=True):
+            of = [row["short"] for row in content["claims"] if row["verdict"] == verdict]
+            assert line.startswith(f"{len(of)} ") and line.endswith(f": {'; '.join(of)}.")
+
+    def test_they_fit_a_terminal(self, results: Results):
+        shorts = [claim.short for claim in CLAIMS]
+        assert len(set(shorts)) == len(shorts) and max(map(len, shorts)) <= 30
+        assert sum(map(len, shorts)) / len(shorts) < 20  # nine of one verdict stay below 200 characters
+        lines = judge(results)["lines"]
+        assert max(len(line) for line in (*lines[:2], *lines[3:])) <= 200
+
+    def test_no_claim_of_a_verdict_is_said(self, results: Results):
+        change(results.folder, "trajectory_steering/summary.json", "features", 8, "alpha_results", "5.0",
+               "frac_positive_shift", to=0.0)  # fmt: skip
+        assert judge(results)["lines"][4] == "0 cannot be said here: none."
+
+
 class TestScript:
     def test_it_writes_the_claims_and_prints_six_lines(self, results: Results, tmp_path: Path, capsys):
         readme = tmp_path / "README.md"
         readme.write_text(f"before\n{START}\nold\n{END}\nafter\n")
         assert check_claims.main(["--results", str(results.folder), "--readme", str(readme)]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert len(lines) == 7 and lines[0].startswith(NAME)
+        assert len(lines) == 7 and lines[1].startswith(NAME)
         content = json.loads((results.folder / "claims.json").read_text())
         assert content == judge(results) and content["inputs_name"] == NAME and content["n_claims"] == len(CLAIMS)
         text = readme.read_text()

@@ -51,7 +51,8 @@ class Claim:
     """One claim of the published study.
 
     Attributes:
-        name: short, for files and macros: letters only.
+        name: for files and macros: letters only.
+        short: in a few words, for a terminal and for pictures.
         claim: the sentence.
         published: what the study says, as a template of the names in the file of published figures.
         needs: what has to be run to judge it.
@@ -61,6 +62,7 @@ class Claim:
     """
 
     name: str
+    short: str
     claim: str
     published: str
     needs: str
@@ -77,6 +79,7 @@ class Claim:
         found = self.find(results)
         return {
             "name": self.name,
+            "short": self.short,
             "claim": self.claim,
             "published": self.published.format_map(PublishedFacts(results)),
             "needs": self.needs,

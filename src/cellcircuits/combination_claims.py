@@ -110,6 +110,7 @@ def _pathways(results: Results) -> Finding:
 CLAIMS = (
     Claim(
         "Pairs",
+        "redundant pairs",
         "Two features removed together do much less than the sum: redundancy",
         "ratio {pair_ratio:.2f}; additive, independent, equal effects give {additive_pair_ratio:.2f}",
         "experiment 2, pairs",
@@ -119,6 +120,7 @@ CLAIMS = (
     ),
     Claim(
         "Triplets",
+        "redundancy deepens",
         "Redundancy deepens with order",
         "ratio {pair_ratio:.2f} of pairs, {triplet_ratio:.2f} of triplets; additive, independent, equal effects give "
         "{additive_pair_ratio:.2f} and {additive_triplet_ratio:.2f}",
@@ -129,6 +131,7 @@ CLAIMS = (
     ),
     Claim(
         "Synergy",
+        "no synergy",
         "There is no synergy at any order",
         "{n_superadditive_claimed} in the text, {n_superadditive} superadditive targets in its own file; the revision "
         "finds {revision_n_superadditive} of {revision_n_triplet_targets:,}",
@@ -140,6 +143,7 @@ CLAIMS = (
     ),
     Claim(
         "Pathways",
+        "pathways store copies",
         "Pathways store copies: redundancy is higher within one",
         "ratio {triplet_ratio:.2f} within, {triplet_ratio_cross:.2f} across; the revision finds "
         "{revision_triplet_ratio:.2f} for random triplets as well",

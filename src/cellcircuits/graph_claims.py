@@ -164,6 +164,7 @@ def _specific(results: Results) -> Finding:
 CLAIMS = (
     Claim(
         "Dense",
+        "dense graph",
         "Removing one feature changes many later features: the graph is dense",
         "{n_edges:,} edges, {edges_mean:.0f} per feature",
         "experiment 1",
@@ -173,6 +174,7 @@ CLAIMS = (
     ),
     Claim(
         "Coverage",
+        "iceberg",
         "Selective tracing shows the tip of an iceberg: more edges than its fewer features explain",
         "{n_edges:,} against {selective_edges:,} edges, {iceberg_ratio:.0f} times as many; the latter cut at "
         "{selective_cut} per feature and layer",
@@ -183,6 +185,7 @@ CLAIMS = (
     ),
     Claim(
         "Tail",
+        "scale-free degrees",
         "Degrees have a heavy, scale-free tail",
         "called scale-free-like; withdrawn in the revision (alpha {revision_tail_alpha} on {revision_tail_n} features)",
         "experiment 1, analyse_graph.py",
@@ -192,6 +195,7 @@ CLAIMS = (
     ),
     Claim(
         "Annotation",
+        "hubs lack annotation",
         "Hubs lack annotation more than other features",
         "{top_20_unannotated} of the top 20 unannotated, as {unannotated_share:.0%} of all are",
         "experiment 1, annotations, analyse_graph.py",
@@ -201,6 +205,7 @@ CLAIMS = (
     ),
     Claim(
         "Biology",
+        "hubs for biology",
         "Hubs are hubs for their biology and not for how often they fire",
         "hubs read as biology; the revision finds rank correlation {revision_frequency_rho} with activation frequency",
         "experiment 1, activation frequencies, analyse_graph.py",
@@ -210,6 +215,7 @@ CLAIMS = (
     ),
     Claim(
         "Attenuation",
+        "effects fade over layers",
         "Effects fade over layers",
         "edges to L6, L11, L17: {edges_to_layer_6:,}, {edges_to_layer_11:,}, {edges_to_layer_17:,}",
         "experiment 1",
@@ -219,6 +225,7 @@ CLAIMS = (
     ),
     Claim(
         "Specific",
+        "edges specific to the feature",
         "Edges are of the feature, not of any push of that size",
         "{revision_control_null_edges} edges per feature for random directions of the same size, drawn anew at every "
         "position ({revision_sign_flip_null_edges} with signs flipped)",

@@ -8,7 +8,7 @@ from types import ModuleType
 from matplotlib.figure import Figure
 
 from cellcircuits.collected import text_file
-from cellcircuits.figures import genes, hubs, overview, redundancy, steering, summary
+from cellcircuits.figures import controls, genes, hubs, overview, redundancy, steering, summary
 from cellcircuits.figures.style import Point, as_csv, styled
 from cellcircuits.jsonio import write_atomically
 from cellcircuits.kept_results import Results
@@ -22,6 +22,7 @@ FIGURES: dict[str, ModuleType] = {
     "figure4_steering": steering,
     "figure5_genes": genes,
     "figure6_summary": summary,
+    "figure7_controls": controls,
 }
 
 
@@ -41,8 +42,9 @@ def draw_all(results: Results, out_dir: Path, on_figure: Callable[[str], None] =
     with exclusive(out_dir):
         for name, points in points_of.items():
             table = as_csv(points, inputs_name)
+            figure = figure_of(name, points, inputs_name)
             with styled():
-                _save(FIGURES[name].draw(points, inputs_name), out_dir / name, text_hash(table))
+                _save(figure, out_dir / name, text_hash(table))
             text_file(out_dir / f"{name}.csv", table)
             on_figure(name)
 
@@ -63,9 +65,11 @@ def tables(results: Results) -> dict[str, str]:
 
 
 def figure_of(name: str, points: Sequence[Point], inputs_name: str) -> Figure:
-    """One figure, in our style."""
+    """One figure, in our style, laid out."""
     with styled():
-        return FIGURES[name].draw(points, inputs_name)
+        figure = FIGURES[name].draw(points, inputs_name)
+        figure.draw_without_rendering()  # a second layout, when saved, knows how wide the labels of the first became
+        return figure
 
 
 def _save(figure: Figure, path: Path, made_from: str) -> None:

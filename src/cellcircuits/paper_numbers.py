@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cellcircuits.collected import PAIRS, SELECTIVE, STEERING, TRACE, TRAJECTORY, TRIPLETS
+from cellcircuits.collected import PAIRS, SELECTIVE, STEERING, STEERING_TESTS, TRACE, TRAJECTORY, TRIPLETS
 from cellcircuits.jsonio import read_json
 from cellcircuits.kept_results import Document, Results, all_triplets
 from cellcircuits.main_figures import tables, text_hash
 from cellcircuits.study_claims import judge
-from cellcircuits.wording import count, decimal, p_value, percent
+from cellcircuits.wording import count, decimal, p_value, percent, with_interval
 
 MACROS, TABLE = "macros.tex", "claims_table.tex"
 HEAD = "% Made by make_paper_numbers.py from the result files; do not edit.\n"
@@ -138,6 +138,9 @@ def _steering(results: Results) -> Iterator[tuple[str, str]]:
     yield "NSteered", count(results.document(STEERING, "summary.json").number("n_features"))
     yield "RhoGenes", _form(trajectory.maybe("confounds", "n_genes_detected", "rho"))
     yield "RhoDepth", _form(trajectory.maybe("confounds", "depth", "rho"))
+    tests = results.maybe(STEERING_TESTS, "steering_tests.json")
+    keys = (("primary", f"excess_{key}") for key in ("estimate", "low", "high"))
+    yield "BeyondDirect", "not measured" if tests is None else with_interval(*(tests.maybe(*key) for key in keys))
 
 
 def _origin(results: Results) -> Iterator[tuple[str, str]]:
@@ -180,6 +183,8 @@ def _claims(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         name = f"Claim{row['name']}"
         yield name, row["claim"]
         yield f"{name}Ours", row["ours"] + (f" ({row['reason']})" if row["reason"] else "")
+        estimate = with_interval(*(row[f"estimate{end}"] for end in ("", "_low", "_high")))
+        yield f"{name}Estimate", row["ours"] if row["estimate"] is None else estimate
         yield f"{name}Verdict", row["verdict"]
         yield f"{name}Rule", row["rule"]
 

@@ -120,6 +120,7 @@ def _grows(feature: Document) -> bool | None:
 CLAIMS = (
     Claim(
         "LastLayer",
+        "last layer drives maturation",
         "Every feature of the last layer drives cells towards the late state",
         "share of cells {positive_share_L17:.2f} for {n_steered_L17} of {n_steered_L17} features of L17; the revision "
         "finds {revision_positive_share_L17:.2f}",
@@ -130,6 +131,7 @@ CLAIMS = (
     ),
     Claim(
         "Layers",
+        "layer decides direction",
         "The layer decides the direction of steering",
         "share of cells moved towards late, L0, L5, L11, L17: {positive_share_L0:.2f}, {positive_share_L5:.2f}, "
         "{positive_share_L11:.2f}, {positive_share_L17:.2f}",
@@ -140,6 +142,7 @@ CLAIMS = (
     ),
     Claim(
         "Direction",
+        "rising features move cells on",
         "Features that rise along the trajectory move early cells towards late ones",
         "{steering_n_features} switch features, without controls",
         "controlled_steering.py",
@@ -149,6 +152,7 @@ CLAIMS = (
     ),
     Claim(
         "Dose",
+        "dose response",
         "Steering grows with its dose",
         "{revision_dose_monotone} of {revision_dose_tested} feature and readout pairs in the revision; untested before",
         "experiment 3 at two alphas or more",

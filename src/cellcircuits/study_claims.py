@@ -44,7 +44,7 @@ def six_lines(results: Results, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     chance = with_interval(rule.maybe("fdr"), *rule.interval("fdr"), percent)
     survive = f" ({percent(n_calibrated / n_edges)})" if n_edges else ""
     by_verdict = {verdict: [row for row in rows if row["verdict"] == verdict] for verdict in (HOLDS, FAILS, OPEN)}
-    names = {verdict: "; ".join(row["claim"] for row in of) or "none" for verdict, of in by_verdict.items()}
+    names = {verdict: "; ".join(row["short"] for row in of) or "none" for verdict, of in by_verdict.items()}
     n_features, layer = count(summary.number("n_features_traced")), summary.get("source_layer")
     return [
         f"{results.inputs_name}: removing each of {n_features} features of layer {layer} gives {count(n_edges)} edges "

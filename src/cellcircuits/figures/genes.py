@@ -52,7 +52,7 @@ def _genes(panel: str, result: Document) -> list[Point]:
 def draw(drawn: Sequence[Point], inputs_name: str) -> Figure:
     """The figure of the points."""
     panels = list(dict.fromkeys(point.panel for point in drawn))
-    figure = page(3.0, inputs_name, "genes whose mean logit steering moves most")
+    figure = page(3.2, inputs_name, "genes whose mean logit steering moves most")
     axes_of = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
     if not panels:
         say(axes_of[0], "no feature was steered")
@@ -61,12 +61,12 @@ def draw(drawn: Sequence[Point], inputs_name: str) -> Figure:
             of = chosen(drawn, panel, series)
             axes.barh([p.y for p in of], [p.x for p in of], color=BLUE if series == RISE else VERMILION)
         rows = chosen(drawn, panel)
-        axes.set_yticks([p.y for p in rows], [escaped(p.name) for p in rows], fontsize=5.5)
+        axes.set_yticks([p.y for p in rows], [escaped(p.name) for p in rows], fontsize=6)
         axes.invert_yaxis()
         axes.axvline(0, color="black", linewidth=0.6)
         axes.set_xlabel("change of the mean logit")
         where, _, label = panel.partition("  ")
         axes.set_title(f"{where}\n{shortened(label, 30)}", fontsize=6.5)
         axes.locator_params(axis="x", nbins=4)
-        axes.tick_params(axis="x", labelsize=5.5)
+        axes.tick_params(axis="x", labelsize=6)
     return figure

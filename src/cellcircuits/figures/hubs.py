@@ -78,8 +78,10 @@ def _curve(statistics: Document) -> list[Point]:
 
 def draw(drawn: Sequence[Point], inputs_name: str) -> Figure:
     """The figure of the points."""
-    figure = page(5.4, inputs_name, f"the {N_TOP} features with most edges, and how often features fire")
-    ((rank, top), (share, frequency)) = figure.subplots(2, 2, width_ratios=(1, 1.25))
+    figure = page(5.6, inputs_name, f"the {N_TOP} features with most edges, and how often features fire")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1.15, 1))  # long labels above leave no gap below
+    rank, top = upper.subplots(1, 2, width_ratios=(1, 1.1))
+    share, frequency = lower.subplots(1, 2)
     _draw_rank(rank, drawn)
     _draw_top(top, chosen(drawn, TOP))
     _draw_shares(share, drawn)
@@ -106,7 +108,7 @@ def _draw_top(axes: Axes, of: Sequence[Point]) -> None:
         say(axes, "no feature has an edge")
         return
     axes.barh([p.x for p in of], [p.y for p in of], color=[LOOKS[p.series][0] for p in of])
-    axes.set_yticks([p.x for p in of], [shortened(p.name, 46) for p in of], fontsize=5)
+    axes.set_yticks([p.x for p in of], [shortened(p.name, 44) for p in of], fontsize=6)
     axes.set_ylim(len(of) + 0.6, 0.4)
 
 

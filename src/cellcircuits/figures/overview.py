@@ -103,6 +103,7 @@ def _draw_degrees(axes: Axes, drawn: Sequence[Point]) -> None:
     axes.bar([b.low for b in bars], [b.y for b in bars], [b.high - b.low for b in bars], align="edge", color=BLUE)
     for median in chosen(drawn, DEGREES, "median"):
         axes.axvline(median.x, color=BLACK, linestyle="--", label=f"median {median.x:g}")
+    axes.set_ylim(0, 1.2 * max(b.y for b in bars))  # the legend above the data
     axes.legend(loc="upper right")
 
 

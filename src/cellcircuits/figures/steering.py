@@ -95,7 +95,8 @@ def draw(drawn: Sequence[Point], inputs_name: str) -> Figure:
     if shifts:
         right.set_xscale("symlog", linthresh=float(10 ** np.floor(np.log10(np.median(shifts)))))
         right.tick_params(axis="x", labelrotation=45)
-    left.set_yticks(list(rows), [shortened(name, 52) for name in rows.values()], fontsize=5.5)
+        right.margins(x=0.06)
+    left.set_yticks(list(rows), [shortened(name, 48) for name in rows.values()], fontsize=6)
     left.set_ylim(max(rows, default=1.0) + 0.8, 0.2)
     right.tick_params(axis="y", labelleft=False)
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper right", ncols=len(LOOKS))
@@ -115,4 +116,4 @@ def _draw_panel(axes: Axes, drawn: Sequence[Point], panel: str) -> None:
         intervals(axes, moved, horizontal=True, color=colour, linewidth=0.8)
     for p in chosen(drawn, panel, names[0] if names else None):
         if p.x is None:
-            axes.annotate("active in no early cell", (0, p.y), fontsize=5.5, color=BLACK, va="center")
+            axes.annotate("active in no early cell", (0, p.y), fontsize=6, color=BLACK, va="center")

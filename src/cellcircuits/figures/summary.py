@@ -1,17 +1,18 @@
 """Figure 6: what was traced, what survives and which claims stand, drawn from the numbers."""
 
 from collections.abc import Sequence
-from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
+from matplotlib.ticker import FuncFormatter
 
 from cellcircuits.claim import FAILS, HOLDS, OPEN
 from cellcircuits.collected import BY_LAYER, TRACE
 from cellcircuits.figures.style import BLUE, GREEN, GREY, ORANGE, SKY, VERMILION, Point, chosen, escaped, page
 from cellcircuits.kept_results import Results
 from cellcircuits.study_claims import CLAIMS
+from cellcircuits.wording import count
 
 LAYERS, FUNNEL, VERDICTS = "a layers", "b edges", "c claims"
 MARKS = {HOLDS: ("+", GREEN), FAILS: ("\N{MINUS SIGN}", VERMILION), OPEN: ("?", GREY)}
@@ -42,7 +43,7 @@ def points(results: Results) -> list[Point]:
     ]
     rows = [claim.judged(results) for claim in CLAIMS]
     found += [
-        Point(VERDICTS, row["verdict"], row["claim"], i, row["estimate"], row["estimate_low"], row["estimate_high"])
+        Point(VERDICTS, row["verdict"], row["short"], i, row["estimate"], row["estimate_low"], row["estimate_high"])
         for i, row in enumerate(rows)
     ]
     return found
@@ -54,7 +55,7 @@ def draw(drawn: Sequence[Point], inputs_name: str) -> Figure:
     counts = [sum(p.series == verdict for p in claims) for verdict in MARKS]
     title = f"of {len(claims)} claims {counts[0]} hold, {counts[1]} do not, {counts[2]} cannot be said here"
     figure = page(3.4, inputs_name, title)
-    layers, funnel, verdicts = figure.subplots(1, 3, width_ratios=(0.5, 0.8, 1.6))
+    layers, funnel, verdicts = figure.subplots(1, 3, width_ratios=(0.55, 1, 1.2))
     _draw_layers(layers, chosen(drawn, LAYERS))
     _draw_funnel(funnel, chosen(drawn, FUNNEL))
     _draw_verdicts(verdicts, claims)
@@ -89,11 +90,12 @@ def _draw_funnel(axes: Axes, of: Sequence[Point]) -> None:
     for point, _ in zip(of, colours, strict=True):
         if point.low is not None:
             axes.hlines(point.x, point.low, point.high, color="black", linewidth=0.8)
-        axes.text(0, point.x - 0.32, f"{point.y:,.0f} {escaped(point.name)}", va="bottom", fontsize=6)
+        axes.text(0, point.x - 0.32, f"{point.y:,.0f} {escaped(point.name)}", va="bottom", fontsize=6.5)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.set(ylim=(3.5, -0.75), xlabel="edges")
     axes.locator_params(axis="x", nbins=3)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
 
 
 def _draw_verdicts(axes: Axes, of: Sequence[Point]) -> None:
@@ -101,10 +103,10 @@ def _draw_verdicts(axes: Axes, of: Sequence[Point]) -> None:
     axes.axis("off")
     for point in of:
         mark, colour = MARKS[point.series]
-        axes.plot(0.015, point.x, "o", color=colour, markersize=7.5)
-        axes.text(0.015, point.x, mark, ha="center", va="center_baseline", color="white", fontweight="bold")
-        axes.text(0.05, point.x, fill(escaped(point.name), 74), va="center", fontsize=6)
-    for i, (verdict, (_, colour)) in enumerate(MARKS.items()):
-        axes.plot(0.015 + 0.3 * i, len(of) + 0.2, "o", color=colour, markersize=4)
-        axes.text(0.04 + 0.3 * i, len(of) + 0.2, verdict, va="center", fontsize=6, color=colour)
+        axes.plot(0.03, point.x, "o", color=colour, markersize=7.5)
+        axes.text(0.03, point.x, mark, ha="center", va="center_baseline", color="white", fontweight="bold")
+        axes.text(0.08, point.x, escaped(point.name), va="center")
+    for x, (verdict, (_, colour)) in zip((0.03, 0.22, 0.53), MARKS.items(), strict=True):
+        axes.plot(x, len(of) + 0.2, "o", color=colour, markersize=4)
+        axes.text(x + 0.03, len(of) + 0.2, verdict, va="center", fontsize=6.5, color=colour)
     axes.set(xlim=(0, 1), ylim=(len(of) + 0.6, -0.6))
