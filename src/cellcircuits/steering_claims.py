@@ -88,6 +88,10 @@ def _direction(results: Results) -> Finding:
         return Finding("not tested", OPEN, reason=primary.get("reason", default=None) or "no primary contrast")
     ours = f"{primary.text('name').replace('_', ' ')}: {with_interval(estimate, low, high, fixed)}, {p_value(p)}, "
     ours += f"{count(primary.number('n_on'))} rising and {count(primary.number('n_off'))} falling features"
+    beyond = primary.maybe("excess_estimate")
+    if beyond is not None:
+        ends = (primary.maybe(f"excess_{k}") for k in ("low", "high"))
+        ours += f"; beyond what the edit itself adds to the last stream: {with_interval(beyond, *ends, fixed)}"
     verdict = against(low, high, 0.0)
     if verdict == HOLDS and p >= MAX_P:
         verdict = OPEN
