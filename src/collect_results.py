@@ -12,6 +12,7 @@ from pathlib import Path
 from cellcircuits import cli, cli_check
 from cellcircuits.collected import collect, planned, readme, size_note, text_file
 from cellcircuits.errors import UserError
+from cellcircuits.kept_results import PUBLISHED
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     names = collect(args.runs, args.out_dir, args.name.strip())
     text_file(args.out_dir / "README.md", readme(args.name.strip(), names))
+    text_file(args.out_dir / PUBLISHED.name, PUBLISHED.read_text(encoding="utf-8"))
     print(f"Kept: {args.out_dir} ({size_note(args.out_dir, names)})")
     return 0
 

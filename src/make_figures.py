@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         default=PUBLISHED,
         metavar="FILE",
-        help="the study's own figures, for --results (default: results/published.json of this software)",
+        help="the study's own figures, for --results (default: those of this software)",
     )
     return parser
 

@@ -47,6 +47,7 @@ def write_results(root: Path) -> Results:
     _write_combinations(root, rng)
     _write_steering(root, rng)
     _write_controls(root)
+    (root / PUBLISHED.name).write_bytes(PUBLISHED.read_bytes())
     return Results(root, PUBLISHED)
 
 

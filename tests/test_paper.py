@@ -137,6 +137,7 @@ class TestCheck:
             ("specificity/specificity.json", ("controls", "random", "edge_ratio")),
             ("controlled_steering/steering_tests.json", ("primary", "estimate")),
             ("controlled_steering/steering_tests.json", ("contrasts", 0, "n_on")),  # drawn nowhere
+            ("published.json", ("facts", "n_edges", "value")),
         ],
     )
     def test_one_changed_number_is_noticed(self, made: tuple[Results, Path], tmp_path: Path, file: str, keys, capsys):

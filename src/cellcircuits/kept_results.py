@@ -10,7 +10,7 @@ from cellcircuits.errors import UserError
 from cellcircuits.jsonio import read_json
 
 MEND = "make it again with `make results`"
-PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published.json"
+PUBLISHED = Path(__file__).with_name("published.json")
 
 
 @dataclass(frozen=True)
@@ -193,5 +193,5 @@ def add_results_flags(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=PUBLISHED,
         metavar="FILE",
-        help="the study's own figures (default: results/published.json of this software)",
+        help="the study's own figures (default: those of this software)",
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cellcircuits.jsonio import read_json
-from cellcircuits.kept_results import Results
+from cellcircuits.kept_results import PUBLISHED, Results
 from cellcircuits.main_figures import FIGURES, tables, text_hash
 from cellcircuits.paper_numbers import HASH_START, MACROS, TABLE, paper_files
 from cellcircuits.study_claims import END, START, judge, markdown, table
@@ -39,6 +39,7 @@ def differences(results: Results, paper: Path, readme: Path | None) -> Iterator[
     # the hash is of the tables that lie there, whose last digits are another machine's
     texts = {
         results.folder / "claims.md": (_text(results.folder / "claims.md"), markdown(content)),
+        results.folder / PUBLISHED.name: (_text(results.folder / PUBLISHED.name), _text(results.published_file) or ""),
         paper / MACROS: (numbers or None, made[MACROS].partition(HASH_START)[0]),
         paper / TABLE: (_text(paper / TABLE), made[TABLE]),
     }
