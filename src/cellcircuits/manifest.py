@@ -34,9 +34,10 @@ NEEDED_SETTING = {  # one that every manifest of the experiment has
     "controlled_steering": ("doses", list),
 }
 SOURCES = Path(__file__).resolve().parents[1]
-LIBRARIES = ("torch", "transformers", "numpy", "scipy", "anndata", "scanpy", "pandas", "h5py", "pyarrow")
+PSEUDOTIME = ("scanpy", "scipy", "scikit-learn", "umap-learn")  # what it comes from; the probe is scikit-learn's too
+LIBRARIES = ("torch", "transformers", "numpy", "anndata", *PSEUDOTIME, "pandas", "h5py", "pyarrow")
 NUMERIC = ("torch", "transformers", "numpy")  # what computes; cells and SAEs are compared by their content
-ALSO_NUMERIC = {"trajectory_analysis": ("scanpy", "scipy"), "controlled_steering": ("scanpy", "scipy")}
+ALSO_NUMERIC = {"trajectory_analysis": PSEUDOTIME, "controlled_steering": PSEUDOTIME}
 
 
 @cache
