@@ -6,6 +6,7 @@ import igraph
 import numpy as np
 import pytest
 from scipy import special, stats
+from threadpoolctl import threadpool_limits
 
 from cellcircuits.degree_summary import degree_summary, gini, skewness
 from cellcircuits.degree_tail import tail_statistics, whole_distribution
@@ -66,6 +67,13 @@ def test_the_seed_decides_and_the_order_does_not() -> None:
     first = tail_statistics(degrees, 0.1, 20, 7)
     assert tail_statistics(shuffled, 0.1, 20, 7) == first
     assert tail_statistics(degrees, 0.1, 20, 8) != first
+
+
+def test_the_number_of_threads_does_not_decide() -> None:
+    degrees = draw_power_law(2.5, 3, 200, 5)
+    expected = tail_statistics(degrees, 0.05, 20, 7)
+    with threadpool_limits(4, user_api="openmp"):
+        assert all(tail_statistics(degrees, 0.05, 20, 7) == expected for _ in range(3))
 
 
 def test_igraph_draws_as_before_afterwards() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from cellcircuits import count_models
@@ -155,12 +156,16 @@ def too_plain(positive: NDArray[np.int64]) -> str | None:
 
 @contextmanager
 def _seeded_igraph(seed: int) -> Iterator[None]:
-    """Inside the `with`, igraph draws from a generator of this seed; afterwards from Python's own again."""
-    import igraph
+    """Inside the `with`, igraph draws from a generator of this seed; afterwards from Python's own again.
+
+    On one thread only: several would share the generator, in an order that no run repeats.
+    """
+    import igraph  # before its threads are limited
 
     igraph.set_random_number_generator(random.Random(seed))
     try:
-        yield
+        with threadpool_limits(1, user_api="openmp"):
+            yield
     finally:
         igraph.set_random_number_generator(random)
 
@@ -186,12 +191,13 @@ def _bootstrap(positive: NDArray[np.int64], n_bootstrap: int, seed: int) -> dict
     """95% percentile intervals with the start of the tail chosen anew in every resample of the features."""
     rng = np.random.default_rng([seed, 1])
     alphas, starts = [], []
-    for _ in range(n_bootstrap):
-        resample = rng.choice(positive, len(positive))
-        if too_plain(resample) is None:
-            fitted = _igraph_fit(resample, LEAST_PRECISE)
-            alphas.append(fitted.alpha)
-            starts.append(fitted.xmin)
+    with _seeded_igraph(seed):
+        for _ in range(n_bootstrap):
+            resample = rng.choice(positive, len(positive))
+            if too_plain(resample) is None:
+                fitted = _igraph_fit(resample, LEAST_PRECISE)
+                alphas.append(fitted.alpha)
+                starts.append(fitted.xmin)
     if len(alphas) < max(20, n_bootstrap // 2):
         return {"alpha_interval": None, "x_min_interval": None, "interval_reason": "too few resamples could be fitted"}
     return {
