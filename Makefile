@@ -23,8 +23,7 @@ RUN = $(VENV)/bin/python src
 -include $(INPUTS)/settings.mk
 TRACE_INPUTS = $(MODEL_FLAGS) $(CELL_FLAGS)
 TRAJECTORY_INPUTS = $(MODEL_FLAGS) $(TRAJECTORY_CELL_FLAGS)
-DRAWN = exhaustive_tracing $(if $(SPECIFICITY_FLAGS),specificity) higher_order_ablation trajectory_steering \
-	$(if $(CONTROLLED_STEERING_FLAGS),controlled_steering)
+DRAWN = exhaustive_tracing specificity higher_order_ablation trajectory_steering controlled_steering
 
 .PHONY: help demo all experiments pictures results claims figures numbers paper pdf check test test-lowest lint demo-inputs clean
 
